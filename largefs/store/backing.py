@@ -8,7 +8,6 @@ import ctypes
 import errno
 import fcntl
 import os
-import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.syncfs.argtypes = [ctypes.c_int]
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
@@ -226,6 +226,6 @@ def allocate_extents(fd: int, start: int, end: int) -> None:
         # EOPNOTSUPP and the like: the file is written without it
 
 
-def is_regular(mode: int) -> bool:
-    """Whether an st_mode has a backing file."""
-    return stat.S_ISREG(mode)
+def start_writing(fd: int) -> None:
+    """Have the kernel start to write dirty pages of a file to disk, without waiting for it."""
+    _libc.sync_file_range(fd, 0, 0, 2)  # SYNC_FILE_RANGE_WRITE; a failure is fsync's to report

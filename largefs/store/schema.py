@@ -44,6 +44,8 @@ CREATE TABLE inodes (
     writing  INTEGER NOT NULL CHECK (writing IN (0, 1))
                                  -- 1: may have been written since its extents rows were made
 ) STRICT;
+CREATE INDEX inodes_writing ON inodes (id) WHERE writing = 1;
+CREATE INDEX inodes_unlinked ON inodes (id) WHERE nlink = 0;
 
 -- The names of a directory. id is the position that readdir() resumes from: a directory is listed in
 -- its order, and an entry keeps it until it is removed.
@@ -94,7 +96,7 @@ CREATE TABLE superblock (
     uuid    TEXT NOT NULL,       -- of the filesystem, made by mkfs
     created INTEGER NOT NULL,    -- when, in ns
     clean   INTEGER NOT NULL CHECK (clean IN (0, 1))
-                                 -- 0: open for writing, or not closed properly
+                                 -- 0: a process holds the store, or ended without closing it
 ) STRICT;
 """
 

@@ -91,7 +91,7 @@ _LOOKUP = (
 )
 _LIST = (
     f"SELECT d.id, d.name, {_I_COLUMNS} FROM dentries d JOIN inodes i ON i.id = d.inode"  # noqa: S608
-    " WHERE d.parent = ? AND d.id > ? ORDER BY d.id LIMIT ?"
+    " WHERE d.parent = ? AND d.id > ? ORDER BY d.id"
 )
 _NEW = (
     f"INSERT INTO inodes ({_COLUMNS})"  # noqa: S608
@@ -121,6 +121,7 @@ class Store:
         self._settled: set[int] = set()  # clean as soon as their extents are durable
         self._dropped: list[int] = []  # to be removed after the next commit
         self._failed = False
+        self._last = 0  # the highest inode number given by `reserve`
 
     def _one(self, query: str, *parameters: Any) -> Any:
         return self.db.execute(query, parameters).fetchone()
@@ -201,15 +202,17 @@ class Store:
         self.uuid, clean = self._one("SELECT uuid, clean FROM superblock")
         owner.write(self.path, owner.current(purpose))
         with self.change():
+            self._recover()
             if not clean:
-                self._recover()
+                self._find_orphans()
             self.db.execute("UPDATE superblock SET clean = 0")
         self.commit()
 
     def _recover(self) -> None:
-        """Put in order what a crash left; the caller commits."""
+        """Put in order the inodes that were in use when the store was last let go."""
         for (inode,) in self._all("SELECT id FROM inodes WHERE nlink = 0"):
             self._drop_rows(inode)
+            self._dropped.append(inode)
         for (inode,) in self._all("SELECT id FROM inodes WHERE writing = 1"):
             try:
                 st = self.backing.stat(inode)
@@ -222,6 +225,9 @@ class Store:
             )
             self.db.execute("DELETE FROM extents WHERE inode = ?", (inode,))
             self.unsettled.append(inode)
+
+    def _find_orphans(self) -> None:
+        """Find the backing files that a crash left without an inode."""
         known = {i for (i,) in self.db.execute("SELECT id FROM inodes")}
         for inode in list(self.backing.numbers()):
             if inode not in known:
@@ -334,12 +340,13 @@ class Store:
             raise fail(errno.ENOENT)
         return found
 
-    def entries(self, parent: int, after: int = 0, limit: int = -1) -> list[Dentry]:
-        """The directory's entries behind the position `after`, in their order; all without a limit."""
-        return [
-            Dentry(row[0], row[1], Inode._make(row[2:]))
-            for row in self.db.execute(_LIST, (parent, after, limit))
-        ]
+    def entries(self, parent: int, after: int = 0) -> Iterator[Dentry]:
+        """The directory's entries behind the position `after`, in their order.
+
+        Rows are fetched as they are asked for; change nothing before the last one was.
+        """
+        for row in self.db.execute(_LIST, (parent, after)):
+            yield Dentry(row[0], row[1], Inode._make(row[2:]))  # type: ignore[arg-type]
 
     def parent_of(self, directory: int) -> int:
         """The inode number of '..'; the root is its own parent."""
@@ -437,15 +444,61 @@ class Store:
             self._new.add(inode)
         return self.get(inode)
 
+    def reserve(self) -> int:
+        """A number for an inode that `adopt` will make, never given before."""
+        if not self._last:
+            self._last = self._one("SELECT seq FROM sqlite_sequence WHERE name = 'inodes'")[0]
+        self._last += 1
+        return self._last
+
+    def adopt(
+        self,
+        parent: int,
+        name: bytes,
+        row: Inode,
+        *,
+        target: bytes = b"",
+        xattrs: dict[bytes, bytes] | None = None,
+        checksums: Iterable[tuple[int, bytes]] = (),
+        alignment: tuple[int, bytes] | None = None,
+    ) -> None:
+        """Name an inode that comes complete: `row.id` from `reserve`, its backing file written.
+
+        For the import: the parent's times do not move, and a name that is there already (of anything
+        but a directory) is replaced in the same change. nlink is taken from `row` as it is.
+        """
+        _check_name(name)
+        with self.change():
+            if old := self.find(parent, name):
+                self.unlink(parent, name)
+                if old.nlink == 1:
+                    self.drop(old.id)
+            self.db.execute(_NEW.replace("NULL", "?", 1), row)
+            self._add_name(parent, name, row.id)
+            if target:
+                self.db.execute("INSERT INTO symlinks VALUES (?, ?)", (row.id, target))
+            for xattr, value in (xattrs or {}).items():
+                self.db.execute("INSERT INTO xattrs VALUES (?, ?, ?)", (row.id, xattr, value))
+            if checksums:
+                self.set_checksums(row.id, list(checksums))
+            if alignment:
+                self.set_alignment(row.id, *alignment)
+            if stat.S_ISDIR(row.mode):
+                self.db.execute("UPDATE inodes SET nlink = nlink + 1 WHERE id = ?", (parent,))
+        if stat.S_ISREG(row.mode):
+            self._new.add(row.id)
+
     def link(self, inode: int, parent: int, name: bytes) -> Inode:
-        """Give an inode one more name; EEXIST, EPERM for directories, ENOENT for unlinked ones."""
+        """Give an inode one more name; EEXIST, EPERM for directories.
+
+        An inode without a name may get one (O_TMPFILE; the kernel refuses unlinked files itself).
+        """
         _check_name(name)
         now = time.time_ns()
         with self.change():
-            row = self.get(inode)
-            if stat.S_ISDIR(row.mode):
+            if stat.S_ISDIR(self.get(inode).mode):
                 raise fail(errno.EPERM)
-            if row.nlink == 0 or self.get(parent).nlink == 0:
+            if self.get(parent).nlink == 0:
                 raise fail(errno.ENOENT)
             self._add_name(parent, name, inode)
             self.db.execute(
