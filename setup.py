@@ -13,7 +13,10 @@ from setuptools import Extension, setup
 
 
 def pkg_config(option: str) -> list[str]:
-    """Compiler or linker flags of libfuse 3; none, with a word to the user, where it is missing."""
+    """Compiler flags of libfuse 3; none, with a word to the user, where it is missing.
+
+    No linker flags: the companion uses whichever libfuse pyfuse3 is linked to (companion.c, attach()).
+    """
     try:
         out = subprocess.run(
             ["pkg-config", option, "fuse3"], check=True, capture_output=True, text=True
@@ -40,7 +43,6 @@ setup(
                 "-Werror",
                 "-Wno-unused-parameter",
             ],
-            extra_link_args=pkg_config("--libs"),
             optional=True,
         )
     ]

@@ -1,0 +1,506 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * Functions that stand in front of libfuse's own.
+ *
+ * Python loads this module with RTLD_GLOBAL before pyfuse3, so the dynamic
+ * linker binds pyfuse3's calls to the functions defined here; they call
+ * libfuse's for everything but the few messages that they mean to change:
+ *
+ *   INIT             libfuse's reply is taken from it and edited (protocol.py)
+ *   OPEN, CREATE     the reply may carry a backing file (FOPEN_PASSTHROUGH)
+ *   READDIR[PLUS],   with file handle 0 get the node id for a file handle:
+ *   FSYNCDIR         pyfuse3 hands its filesystem nothing else
+ *   those pyfuse3    go to Python whole (FALLOCATE, LSEEK, COPY_FILE_RANGE,
+ *   lacks            TMPFILE), if Python has said that it takes them
+ *
+ * Nothing here depends on the version of libfuse: from 3.10 on these functions
+ * have the same types, and the two places where versions do differ are marked
+ * "libfuse 3.17". A reply with a backing file is written here although libfuse
+ * 3.17 could, so that there is one way and not two.
+ *
+ * pyfuse3 calls all of this in one thread, with the GIL held, and has done
+ * with a request's message when fuse_session_process_buf() returns: so one
+ * receive buffer serves all requests.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#define FUSE_USE_VERSION 35
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <fuse_lowlevel.h>
+#include <linux/fuse.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+/* What the linux/fuse.h of Debian 12 (7.38) does not have. */
+#define COPY_FILE_RANGE_64	53
+#define OPEN_PASSTHROUGH	(1u << 7)
+struct backing_map {
+	int32_t fd;
+	uint32_t flags;
+	uint64_t padding;
+};
+#define BACKING_OPEN		_IOW(FUSE_DEV_IOC_MAGIC, 1, struct backing_map)
+#define BACKING_CLOSE		_IOW(FUSE_DEV_IOC_MAGIC, 2, uint32_t)
+
+struct open_out {		/* struct fuse_open_out of 7.40 */
+	uint64_t fh;
+	uint32_t open_flags;
+	int32_t backing_id;
+};
+
+/* libfuse 3.17: fuse_session_new() is a macro around the second of these. */
+#undef fuse_session_new
+struct libfuse_version;
+struct fuse_session *fuse_session_new(struct fuse_args *, const struct fuse_lowlevel_ops *,
+				      size_t, void *);
+struct fuse_session *fuse_session_new_versioned(struct fuse_args *,
+						const struct fuse_lowlevel_ops *, size_t,
+						struct libfuse_version *, void *);
+
+/* libfuse's own, of whichever libfuse pyfuse3 is linked to; see attach(). */
+static struct {
+	__typeof__(fuse_session_new) *session_new;
+	__typeof__(fuse_session_new_versioned) *session_new_versioned;
+	__typeof__(fuse_session_receive_buf) *receive_buf;
+	__typeof__(fuse_session_process_buf) *process_buf;
+	__typeof__(fuse_session_fd) *session_fd;
+	__typeof__(fuse_session_exit) *session_exit;
+	__typeof__(fuse_session_exited) *session_exited;
+	__typeof__(fuse_reply_open) *reply_open;
+	__typeof__(fuse_reply_create) *reply_create;
+	__typeof__(fuse_reply_none) *reply_none;
+	__typeof__(fuse_add_direntry_plus) *add_direntry_plus;
+} libfuse;
+
+static int device = -1;			/* the session's file descriptor */
+static char *buffer;			/* NULL until Python asks for one */
+static size_t buffer_size;
+static uint64_t current;		/* unique of the request in process */
+static PyObject *edit_init;		/* (request, reply) -> reply */
+static PyObject *dispatch;		/* (opcode, message) -> taken? */
+static PyObject *backing;		/* {fh: backing id} */
+
+/* pyfuse3's handlers, called through wrappers that give away the request's unique. */
+static struct fuse_lowlevel_ops handlers;
+
+/* ---------------------------------------------------------------- replies */
+
+/*
+ * fuse_file_info travels from the request to the reply untouched but for fh
+ * and three flags, and lock_owner means nothing in OPEN and CREATE: so it
+ * carries the request's unique, which fuse_req_t does not let out.
+ */
+static void open_handler(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
+{
+	fi->lock_owner = current;
+	handlers.open(req, ino, fi);
+}
+
+static void create_handler(fuse_req_t req, fuse_ino_t parent, const char *name, mode_t mode,
+			   struct fuse_file_info *fi)
+{
+	fi->lock_owner = current;
+	handlers.create(req, parent, name, mode, fi);
+}
+
+/* A copy of pyfuse3's operations with the wrappers in it, of pyfuse3's size. */
+static struct fuse_lowlevel_ops *wrap(const struct fuse_lowlevel_ops *op, size_t op_size)
+{
+	struct fuse_lowlevel_ops *copy = calloc(1, Py_MAX(op_size, sizeof(*copy)));
+
+	if (!copy)
+		return NULL;
+	memcpy(copy, op, op_size);
+	handlers = *copy;
+	if (copy->open)
+		copy->open = open_handler;
+	if (copy->create)
+		copy->create = create_handler;
+	return copy;
+}
+
+struct fuse_session *fuse_session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *op,
+				      size_t op_size, void *userdata)
+{
+	struct fuse_lowlevel_ops *copy = wrap(op, op_size);
+	struct fuse_session *se = libfuse.session_new(args, copy ?: op, op_size, userdata);
+
+	free(copy);
+	return se;
+}
+
+struct fuse_session *fuse_session_new_versioned(struct fuse_args *args,
+						const struct fuse_lowlevel_ops *op, size_t op_size,
+						struct libfuse_version *version, void *userdata)
+{
+	struct fuse_lowlevel_ops *copy = wrap(op, op_size);
+	struct fuse_session *se;
+
+	se = libfuse.session_new_versioned(args, copy ?: op, op_size, version, userdata);
+	free(copy);
+	return se;
+}
+
+/* The backing id to go with the reply that carries fh; 0 for none. Used once. */
+static int32_t take_backing(uint64_t fh)
+{
+	PyObject *key, *value;
+	int32_t id = 0;
+
+	if (!backing || !PyDict_GET_SIZE(backing))
+		return 0;
+	key = PyLong_FromUnsignedLongLong(fh);
+	value = key ? PyDict_GetItemWithError(backing, key) : NULL;
+	if (value) {
+		id = (int32_t)PyLong_AsLong(value);
+		PyDict_DelItem(backing, key);
+	}
+	Py_XDECREF(key);
+	PyErr_Clear();
+	return id;
+}
+
+/*
+ * Reply to OPEN (entry NULL) or CREATE in libfuse's stead, and free the request.
+ * FOPEN_KEEP_CACHE, which pyfuse3 sets by default, and FOPEN_NONSEEKABLE are left
+ * out: with them the kernel refuses FOPEN_PASSTHROUGH (FOPEN_PASSTHROUGH_MASK).
+ */
+static int reply_passthrough(fuse_req_t req, const struct fuse_file_info *fi,
+			     const struct fuse_entry_out *entry, int32_t backing_id)
+{
+	struct open_out out = {
+		.fh = fi->fh,
+		.open_flags = OPEN_PASSTHROUGH | (fi->direct_io ? FOPEN_DIRECT_IO : 0),
+		.backing_id = backing_id,
+	};
+	struct fuse_out_header header = { .unique = fi->lock_owner };
+	struct iovec iov[] = {
+		{ &header, sizeof(header) },
+		{ (void *)entry, entry ? sizeof(*entry) : 0 },
+		{ &out, sizeof(out) },
+	};
+	int error;
+
+	header.len = iov[0].iov_len + iov[1].iov_len + iov[2].iov_len;
+	error = writev(device, iov, 3) < 0 ? -errno : 0;
+	libfuse.reply_none(req);
+	return error;
+}
+
+int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)
+{
+	int32_t id = take_backing(fi->fh);
+
+	return id > 0 ? reply_passthrough(req, fi, NULL, id) : libfuse.reply_open(req, fi);
+}
+
+int fuse_reply_create(fuse_req_t req, const struct fuse_entry_param *e,
+		      const struct fuse_file_info *fi)
+{
+	struct {		/* what fuse_add_direntry_plus() fills for an empty name */
+		struct fuse_entry_out entry;
+		char dirent[256];
+	} plus = {};
+	int32_t id = take_backing(fi->fh);
+
+	if (id <= 0)
+		return libfuse.reply_create(req, e, fi);
+	libfuse.add_direntry_plus(req, (char *)&plus, sizeof(plus), "", e, 0);
+	return reply_passthrough(req, fi, &plus.entry, id);
+}
+
+/* --------------------------------------------------------------- requests */
+
+/*
+ * As libfuse's, into our buffer. The device is non-blocking (process_init()):
+ * between poll and read a request may go, when its process is killed, and a
+ * blocking read would stop the event loop until the next one. pyfuse3 goes
+ * back to waiting on EINTR, and on no other error.
+ */
+int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *buf)
+{
+	ssize_t n;
+
+	if (!buffer)
+		return libfuse.receive_buf(se, buf);
+	n = read(libfuse.session_fd(se), buffer, buffer_size);
+	if (libfuse.session_exited(se))
+		return 0;
+	if (n < 0 && errno == ENODEV) {		/* unmounted */
+		libfuse.session_exit(se);
+		return 0;
+	}
+	if (n < 0)
+		return errno == EAGAIN || errno == ENOENT ? -EINTR : -errno;
+	if ((size_t)n < sizeof(struct fuse_in_header))
+		return -EIO;
+	buf->size = n;				/* buf->mem stays NULL: pyfuse3 frees it */
+	return n;
+}
+
+/* Call a Python function and return what it returned; NULL, with a traceback, if it raised. */
+static PyObject *call(PyObject *function, const char *format, ...)
+{
+	PyObject *args, *result = NULL;
+	va_list va;
+
+	va_start(va, format);
+	args = Py_VaBuildValue(format, va);
+	va_end(va);
+	if (args)
+		result = PyObject_CallObject(function, args);
+	Py_XDECREF(args);
+	if (!result)
+		PyErr_WriteUnraisable(function);
+	return result;
+}
+
+/* Send Python's version of libfuse's reply to INIT, or libfuse's own if Python has none. */
+static void answer_init(const struct fuse_buf *request, const char *reply, ssize_t len)
+{
+	PyObject *edited;
+	char *bytes = (char *)reply;
+	Py_ssize_t n = len;
+
+	edited = call(edit_init, "(y#y#)", request->mem, (Py_ssize_t)request->size, reply,
+		      (Py_ssize_t)len);
+	if (edited && PyBytes_AsStringAndSize(edited, &bytes, &n) < 0)
+		PyErr_WriteUnraisable(edit_init);
+	if (write(device, bytes, n) < 0 && bytes != reply && write(device, reply, len) < 0)
+		perror("largefs: reply to FUSE_INIT");
+	Py_XDECREF(edited);
+}
+
+/*
+ * libfuse has no way to see its reply to INIT. So it answers into a socket,
+ * put in the place of the device for as long as it processes this one request;
+ * nothing else is under way before INIT is answered.
+ */
+static void process_init(struct fuse_session *se, const struct fuse_buf *request)
+{
+	int fd = libfuse.session_fd(se), kept, pair[2];
+	char reply[4096];
+	ssize_t len;
+
+	device = fd;
+	if (buffer)
+		fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+	kept = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+	if (!edit_init || kept < 0 ||
+	    socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair)) {
+		libfuse.process_buf(se, request);
+		goto out;
+	}
+	dup3(pair[1], fd, O_CLOEXEC);
+	libfuse.process_buf(se, request);
+	dup3(kept, fd, O_CLOEXEC);
+	len = recv(pair[0], reply, sizeof(reply), MSG_DONTWAIT);
+	if (len > 0)
+		answer_init(request, reply, len);
+	close(pair[0]);
+	close(pair[1]);
+out:
+	if (kept >= 0)
+		close(kept);
+}
+
+/* The file handle in READDIR, READDIRPLUS (fuse_read_in) and FSYNCDIR (fuse_fsync_in). */
+static void name_directory(struct fuse_in_header *in, size_t size)
+{
+	uint64_t *fh = (uint64_t *)(in + 1);
+
+	_Static_assert(offsetof(struct fuse_read_in, fh) == 0, "fh comes first");
+	_Static_assert(offsetof(struct fuse_fsync_in, fh) == 0, "fh comes first");
+	if (size >= sizeof(*in) + sizeof(*fh) && *fh == 0)
+		*fh = in->nodeid;
+}
+
+/* Has Python taken the request? */
+static bool dispatched(const struct fuse_in_header *in, size_t size)
+{
+	PyObject *taken;
+	bool result;
+
+	if (!dispatch)
+		return false;
+	taken = call(dispatch, "(Iy#)", in->opcode, (const char *)in, (Py_ssize_t)size);
+	result = taken == Py_True;
+	Py_XDECREF(taken);
+	return result;
+}
+
+void fuse_session_process_buf(struct fuse_session *se, const struct fuse_buf *buf)
+{
+	struct fuse_buf request = *buf;
+	struct fuse_in_header *in;
+
+	if (buffer)
+		request.mem = buffer;
+	if (!(request.flags & FUSE_BUF_IS_FD)) {
+		in = request.mem;
+		current = in->unique;
+		switch (in->opcode) {
+		case FUSE_INIT:
+			process_init(se, &request);
+			return;
+		case FUSE_READDIR:
+		case FUSE_READDIRPLUS:
+		case FUSE_FSYNCDIR:
+			name_directory(in, request.size);
+			break;
+		case FUSE_FALLOCATE:
+		case FUSE_LSEEK:
+		case FUSE_COPY_FILE_RANGE:
+		case FUSE_TMPFILE:
+		case COPY_FILE_RANGE_64:
+		case FUSE_INTERRUPT:
+			if (dispatched(in, request.size))
+				return;
+		}
+	}
+	libfuse.process_buf(se, &request);
+}
+
+/* ------------------------------------------------------ the Python module */
+
+static PyObject *attach(PyObject *self, PyObject *args)
+{
+	const struct {
+		const char *name;
+		void *function;
+		bool optional;
+	} functions[] = {
+		{ "fuse_session_new", &libfuse.session_new, false },
+		{ "fuse_session_new_versioned", &libfuse.session_new_versioned, true },
+		{ "fuse_session_receive_buf", &libfuse.receive_buf, false },
+		{ "fuse_session_process_buf", &libfuse.process_buf, false },
+		{ "fuse_session_fd", &libfuse.session_fd, false },
+		{ "fuse_session_exit", &libfuse.session_exit, false },
+		{ "fuse_session_exited", &libfuse.session_exited, false },
+		{ "fuse_reply_open", &libfuse.reply_open, false },
+		{ "fuse_reply_create", &libfuse.reply_create, false },
+		{ "fuse_reply_none", &libfuse.reply_none, false },
+		{ "fuse_add_direntry_plus", &libfuse.add_direntry_plus, false },
+	};
+	const char *path;
+	void *pyfuse3;
+
+	if (!PyArg_ParseTuple(args, "s", &path))
+		return NULL;
+	pyfuse3 = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
+	if (!pyfuse3)
+		return PyErr_Format(PyExc_OSError, "%s", dlerror());
+	/* Looked up through pyfuse3, dlsym() finds the libfuse that pyfuse3 is linked to. */
+	for (size_t i = 0; i < Py_ARRAY_LENGTH(functions); i++) {
+		void *function = dlsym(pyfuse3, functions[i].name);
+
+		if (!function && !functions[i].optional)
+			return PyErr_Format(PyExc_OSError, "%s", dlerror());
+		*(void **)functions[i].function = function;
+	}
+	Py_RETURN_NONE;
+}
+
+static PyObject *negotiate(PyObject *self, PyObject *args)
+{
+	Py_ssize_t size;
+	PyObject *function;
+	void *memory;
+
+	if (!PyArg_ParseTuple(args, "nO", &size, &function))
+		return NULL;
+	if (buffer) {
+		munmap(buffer, buffer_size);
+		buffer = NULL;
+	}
+	memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (memory == MAP_FAILED)
+		return PyErr_SetFromErrno(PyExc_OSError);
+	buffer = memory;
+	buffer_size = size;
+	Py_XSETREF(edit_init, Py_NewRef(function));
+	Py_RETURN_NONE;
+}
+
+static PyObject *serve(PyObject *self, PyObject *function)
+{
+	Py_XSETREF(dispatch, function == Py_None ? NULL : Py_NewRef(function));
+	Py_RETURN_NONE;
+}
+
+static PyObject *reply(PyObject *self, PyObject *args)
+{
+	const char *message;
+	Py_ssize_t size;
+
+	if (!PyArg_ParseTuple(args, "y#", &message, &size))
+		return NULL;
+	/* ENOENT: the process that asked is gone. */
+	if (write(device, message, size) < 0 && errno != ENOENT)
+		return PyErr_SetFromErrno(PyExc_OSError);
+	Py_RETURN_NONE;
+}
+
+static PyObject *backing_open(PyObject *self, PyObject *args)
+{
+	struct backing_map map = {};
+	int id;
+
+	if (!PyArg_ParseTuple(args, "i", &map.fd))
+		return NULL;
+	id = ioctl(device, BACKING_OPEN, &map);
+	return id < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(id);
+}
+
+static PyObject *backing_close(PyObject *self, PyObject *args)
+{
+	uint32_t id;
+
+	if (!PyArg_ParseTuple(args, "I", &id))
+		return NULL;
+	if (ioctl(device, BACKING_CLOSE, &id) < 0)
+		return PyErr_SetFromErrno(PyExc_OSError);
+	Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+	{ "attach", attach, METH_VARARGS,
+	  "attach(path): find the libfuse of the loaded pyfuse3 extension at path." },
+	{ "negotiate", negotiate, METH_VARARGS,
+	  "negotiate(size, edit): receive with a buffer of size bytes; edit(request, reply) -> reply of INIT." },
+	{ "serve", serve, METH_O,
+	  "serve(dispatch): offer the requests that pyfuse3 lacks to dispatch(opcode, message) -> bool." },
+	{ "reply", reply, METH_VARARGS, "reply(message): write to the device." },
+	{ "backing_open", backing_open, METH_VARARGS, "backing_open(fd) -> id" },
+	{ "backing_close", backing_close, METH_VARARGS, "backing_close(id)" },
+	{}
+};
+
+static struct PyModuleDef definition = {
+	PyModuleDef_HEAD_INIT,
+	.m_name = "_companion",
+	.m_doc = "Functions in front of libfuse's; see companion.c.",
+	.m_size = -1,
+	.m_methods = methods,
+};
+
+PyMODINIT_FUNC PyInit__companion(void)
+{
+	PyObject *module = PyModule_Create(&definition);
+
+	backing = PyDict_New();
+	if (!module || !backing || PyModule_AddObjectRef(module, "backing", backing) < 0)
+		return NULL;
+	return module;
+}
