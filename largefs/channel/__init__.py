@@ -79,6 +79,7 @@ class Channel:
 
     async def serve(self, operations: Any) -> None:
         import trio
+
         await trio.sleep_forever()
 
 

@@ -26,7 +26,9 @@ def command(source: str, directory: Path) -> None:
     """
     store, path = _split(source)
     with explained(), Store.open(store.absolute(), "export") as opened, line() as moving:
-        exporter = Exporter(opened, lambda t: moving(lambda: f"{t.entries} names, {size(t.bytes)}"))
+        exporter = Exporter(
+            opened, lambda t: moving(lambda: f"{t.entries} names, {size(t.copied)}")
+        )
         try:
             tally = exporter.run(os.fsencode(path), os.fsencode(directory))
         except OSError as e:
@@ -37,7 +39,7 @@ def command(source: str, directory: Path) -> None:
             raise
     for name, reason in tally.failed:
         print(f"largefs: {show(name)}: {reason}", file=sys.stderr)
-    print(f"{tally.entries} names, {size(tally.bytes)} exported")
+    print(f"{tally.entries} names, {size(tally.copied)} exported")
     sys.exit(1 if tally.failed else 0)
 
 

@@ -53,8 +53,8 @@ def command(directory: Path, store: Path, to: str, align: str, as_json: bool) ->
 
 
 def _progress(tally: Tally, start: float) -> str:
-    rate = tally.bytes / max(time.monotonic() - start, 0.001)
-    return f"{tally.entries} names, {size(tally.bytes)}, {size(rate)}/s"
+    rate = tally.copied / max(time.monotonic() - start, 0.001)
+    return f"{tally.entries} names, {size(tally.copied)}, {size(rate)}/s"
 
 
 def _explain(e: OSError, tally: Tally, directory: Path) -> None:
@@ -77,7 +77,7 @@ def _print(tally: Tally, seconds: float, *, as_json: bool) -> None:
                 {
                     "entries": tally.entries,
                     "unchanged": tally.unchanged,
-                    "bytes": tally.bytes,
+                    "bytes": tally.copied,
                     "seconds": round(seconds, 3),
                     "aligned": [{"path": show(p), "what": w} for p, w in tally.aligned],
                     "failed": [{"path": show(p), "reason": r} for p, r in tally.failed],
@@ -87,7 +87,7 @@ def _print(tally: Tally, seconds: float, *, as_json: bool) -> None:
         )
         return
     print(
-        f"{tally.entries} names ({tally.unchanged} unchanged), {size(tally.bytes)} copied "
+        f"{tally.entries} names ({tally.unchanged} unchanged), {size(tally.copied)} copied "
         f"in {seconds:.1f} s"
     )
     if tally.failed:

@@ -14,8 +14,8 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Concatenate, Final, ParamSpec, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
 
 import pyfuse3
 import trio
@@ -56,7 +56,7 @@ RWF_NOWAIT: Final = os.RWF_NOWAIT
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Method = Callable[Concatenate["Filesystem", P], Awaitable[T]]
+Method = Callable[Concatenate["Filesystem", P], Coroutine[Any, Any, T]]
 
 
 def handler(method: Method[P, T]) -> Method[P, T]:
@@ -79,7 +79,7 @@ def handler(method: Method[P, T]) -> Method[P, T]:
     return guarded
 
 
-class Filesystem(pyfuse3.Operations):  # type: ignore[misc]
+class Filesystem(pyfuse3.Operations):
     """pyfuse3's Operations, and those that the channel adds, over an open store."""
 
     supports_dot_lookup = True
@@ -424,7 +424,7 @@ class Filesystem(pyfuse3.Operations):  # type: ignore[misc]
         return await self._open_new(row)
 
     @handler
-    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes | memoryview:
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         """Read where the kernel does not do it itself: from memory at once, from disk in a thread."""
         fd = self._files.fd(fh)
         buffer = memoryview(bytearray(size))
@@ -439,7 +439,7 @@ class Filesystem(pyfuse3.Operations):  # type: ignore[misc]
             if n == 0:
                 break
             got += n
-        return buffer[:got]
+        return cast(bytes, buffer[:got])  # pyfuse3 takes any buffer; a copy would cost more
 
     @handler
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:

@@ -28,7 +28,11 @@ class Reason(Enum):
         "import the file into a store with --align (on by default), or link it with -z max-page-size=2097152",
     )
     EDGE = ("edge", "head or tail of the mapping, less than a 2 MiB block", "nothing")
-    END_OF_FILE = ("end-of-file", "last block of the file, not full", "nothing: Linux maps none beyond a file's end")
+    END_OF_FILE = (
+        "end-of-file",
+        "last block of the file, not full",
+        "nothing: Linux maps none beyond a file's end",
+    )
     SIZE_UNKNOWN = (
         "size-unknown",
         "the file's size cannot be read: deleted, or out of reach",

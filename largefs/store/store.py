@@ -346,7 +346,7 @@ class Store:
         Rows are fetched as they are asked for; change nothing before the last one was.
         """
         for row in self.db.execute(_LIST, (parent, after)):
-            yield Dentry(row[0], row[1], Inode._make(row[2:]))  # type: ignore[arg-type]
+            yield Dentry(row[0], row[1], Inode._make(row[2:]))
 
     def parent_of(self, directory: int) -> int:
         """The inode number of '..'; the root is its own parent."""

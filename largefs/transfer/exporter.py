@@ -21,7 +21,8 @@ class Tally:
     """What an export has done so far."""
 
     entries: int = 0
-    bytes: int = 0
+    copied: int = 0
+    """Bytes of file sizes written."""
     failed: list[tuple[bytes, str]] = field(default_factory=list)
     """Names that could not be written or not fully: (path in the store, reason)."""
 
@@ -126,7 +127,7 @@ class Exporter:
             raise
         finally:
             os.close(fd)
-        self.tally.bytes += row.size
+        self.tally.copied += row.size
 
     def _copy(self, fd: int, to: int, size: int) -> None:
         os.ftruncate(to, size)

@@ -43,7 +43,7 @@ class Tally:
     """Names seen, of every type."""
     unchanged: int = 0
     """Of these, the names that were in the store already, as they are."""
-    bytes: int = 0
+    copied: int = 0
     """Bytes of data written to the store."""
     aligned: list[tuple[bytes, str]] = field(default_factory=list)
     """Programs that were changed to become eligible, or not and why: (path, what)."""
@@ -149,11 +149,11 @@ class Importer:
         self._progress(self.tally)
         now = time.monotonic()
         if (
-            self.tally.bytes - self._bytes_at_commit > COMMIT_BYTES
+            self.tally.copied - self._bytes_at_commit > COMMIT_BYTES
             or now - self._time_of_commit > COMMIT_SECONDS
         ):
             self._store.commit()
-            self._bytes_at_commit = self.tally.bytes
+            self._bytes_at_commit = self.tally.copied
             self._time_of_commit = time.monotonic()
 
     # ---------------------------------------------------------------------------- one name at a time
@@ -282,7 +282,7 @@ class Importer:
             raise
         finally:
             os.close(fd)
-        self.tally.bytes += row.size
+        self.tally.copied += row.size
         return row.id
 
     def _copy(

@@ -14,7 +14,17 @@ import os
 import struct
 import sys
 
-LOOKUP, GETATTR, OPEN, READ, STATFS, RELEASE, GETXATTR, FLUSH, INIT = 1, 3, 14, 15, 17, 18, 22, 25, 26
+LOOKUP, GETATTR, OPEN, READ, STATFS, RELEASE, GETXATTR, FLUSH, INIT = (
+    1,
+    3,
+    14,
+    15,
+    17,
+    18,
+    22,
+    25,
+    26,
+)
 OPENDIR, RELEASEDIR, ACCESS, DESTROY = 27, 29, 34, 38
 SILENT = (2, 36, 42)  # FORGET, INTERRUPT, BATCH_FORGET want no reply
 BACKING_OPEN = 0x4010E501  # FUSE_DEV_IOC_BACKING_OPEN
@@ -26,7 +36,21 @@ FOREVER = 10**9
 def attributes(node: int, st: os.stat_result) -> bytes:
     times = int(st.st_atime), int(st.st_mtime), int(st.st_ctime)
     return struct.pack(
-        "6Q10I", node, st.st_size, st.st_blocks, *times, 0, 0, 0, st.st_mode, st.st_nlink, 0, 0, 0, 4096, 0
+        "6Q10I",
+        node,
+        st.st_size,
+        st.st_blocks,
+        *times,
+        0,
+        0,
+        0,
+        st.st_mode,
+        st.st_nlink,
+        0,
+        0,
+        0,
+        4096,
+        0,
     )
 
 
@@ -37,19 +61,25 @@ def serve(source: str, mountpoint: str, route: str) -> None:
     if libc.mount(b"fuse_server", mountpoint.encode(), b"fuse.largefs", 0, options.encode()):
         raise OSError(ctypes.get_errno(), "mount")
     nodes = {1: source}
-    opened: dict[int, int] = {}  # node to descriptor, kept open: all opens of an inode share one backing id
+    opened: dict[
+        int, int
+    ] = {}  # node to descriptor, kept open: all opens of an inode share one backing id
     backing: dict[int, int] = {}
 
     def answer(opcode: int, node: int, body: bytes) -> bytes:
         if opcode == INIT:
             flags = PASSTHROUGH | INIT_EXT if route == "passthrough" else 0
             low, high = flags & 0xFFFFFFFF, flags >> 32
-            return struct.pack("4I2H2I2H2I24x", 7, 40, 1 << 17, low, 12, 9, 1 << 20, 1, 256, 0, high, 1)
+            return struct.pack(
+                "4I2H2I2H2I24x", 7, 40, 1 << 17, low, 12, 9, 1 << 20, 1, 256, 0, high, 1
+            )
         if opcode == LOOKUP:
             path = os.path.join(source, os.fsdecode(body.rstrip(b"\0")))
             st = os.stat(path)
             nodes[st.st_ino] = path
-            return struct.pack("4Q2I", st.st_ino, 0, FOREVER, FOREVER, 0, 0) + attributes(st.st_ino, st)
+            return struct.pack("4Q2I", st.st_ino, 0, FOREVER, FOREVER, 0, 0) + attributes(
+                st.st_ino, st
+            )
         if opcode == GETATTR:
             return struct.pack("Q2I", FOREVER, 0, 0) + attributes(node, os.stat(nodes[node]))
         if opcode == OPEN:
