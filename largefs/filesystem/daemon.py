@@ -24,7 +24,7 @@ from largefs.filesystem.hints import Hints
 from largefs.filesystem.operations import Filesystem
 from largefs.filesystem.options import Options
 from largefs.filesystem.verify import Verify
-from largefs.filesystem.warmup import When, Warmup
+from largefs.filesystem.warmup import Warmup, When
 from largefs.hugetext import routes, text
 from largefs.hugetext.routes import Route
 from largefs.store import Store

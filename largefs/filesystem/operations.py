@@ -31,11 +31,10 @@ from pyfuse3 import (
     StatvfsData,
 )
 
-from largefs.filesystem import acl
+from largefs.filesystem import acl, hints
 from largefs.filesystem.attributes import entry, entry_in_writing, missing
 from largefs.filesystem.commits import Commits
 from largefs.filesystem.files import Files, drop_privilege_bits, handle, inode_of, is_writable
-from largefs.filesystem import hints
 from largefs.filesystem.hints import Hints
 from largefs.filesystem.verify import Verify
 from largefs.filesystem.warmup import Warmup

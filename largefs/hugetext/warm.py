@@ -71,9 +71,7 @@ def warm_file(
         os.close(fd)
 
 
-def warm_range(
-    fd: int, offset: int, length: int, cancelled: Callable[[], bool] = never
-) -> Warmed:
+def warm_range(fd: int, offset: int, length: int, cancelled: Callable[[], bool] = never) -> Warmed:
     """Warm the whole 2 MiB blocks of [offset, offset + length) that lie below the file's size.
 
     Blocks that already are in 2 MiB folios stay as they are. Blocks cached in small folios are written back, dropped and
