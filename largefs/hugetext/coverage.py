@@ -1,8 +1,10 @@
-"""Coverage: how much of the executable text of processes is on 2 MiB pages, and why the rest is not.
+"""Coverage: how much of the executable text of processes is on 2 MiB pages, and why the rest is
+not.
 
-Works on every filesystem, from /proc alone. Every byte of an executable file-backed mapping is accounted for once: it is
-ineligible, for a Reason; or eligible and untouched; or touched and PMD-mapped; or touched and not, for a Reason. All
-numbers are in bytes. coverage = pmd_mapped / touched (docs/routes.md has the definitions).
+Works on every filesystem, from /proc alone. Every byte of an executable file-backed mapping is
+accounted for once: it is ineligible, for a Reason; or eligible and untouched; or touched and
+PMD-mapped; or touched and not, for a Reason. All numbers are in bytes. coverage = pmd_mapped /
+touched (docs/routes.md has the definitions).
 """
 
 import os
@@ -25,7 +27,7 @@ class Reason(Enum):
     NOT_CONGRUENT = (
         "not-congruent",
         "address and file offset differ modulo 2 MiB",
-        "import the file into a store with --align (on by default), or link it with -z max-page-size=2097152",
+        "largefs import aligns it; or link it with -z max-page-size=2097152",
     )
     EDGE = ("edge", "head or tail of the mapping, less than a 2 MiB block", "nothing")
     END_OF_FILE = (
@@ -49,9 +51,9 @@ class Reason(Enum):
         "written to by the process or its debugger (private copy)",
         "nothing, or remove breakpoints",
     )
-    MAPPED_EARLIER = (
-        "mapped-earlier",
-        "the page cache has a 2 MiB folio, but the process mapped it in small pages before",
+    MAPPED_SMALL = (
+        "mapped-small",
+        "in a 2 MiB folio, but mapped by small pages: before the warm-up, or split (mprotect)",
         "start the program again",
     )
     NO_ROUTE = (
@@ -76,8 +78,9 @@ class Reason(Enum):
     )
 
 
-# Filesystems whose page cache never holds a 2 MiB folio, up to Linux 7.3: none of them calls mapping_set_large_folios(), and
-# btrfs stops below that size. Only words depend on this, never numbers.
+# Filesystems whose page cache never holds a 2 MiB folio, up to Linux 7.3: none of them calls
+# mapping_set_large_folios(), and btrfs stops below that size. Only words depend on this, never
+# numbers.
 _SMALL_FOLIO_FILESYSTEMS = {"squashfs", "vfat", "exfat", "iso9660", "udf", "ntfs3", "btrfs"}
 
 
@@ -95,7 +98,8 @@ class Text:
     def coverage(self) -> float | None:
         """0.0 to 1.0; None if no eligible block was touched.
 
-        Kernels before the SIGBUS fixes of 2025 may map the last, partial block of a file by a PMD too; more than all is all.
+        Kernels before the SIGBUS fixes of 2025 may map the last, partial block of a file by a PMD
+        too; more than all is all.
         """
         return min(1.0, self.pmd_mapped / self.touched) if self.touched else None
 
@@ -179,7 +183,8 @@ def collect(
 ) -> Report:
     """Account for the executable mappings of `candidates` that are `wanted`.
 
-    Processes without such a mapping, and those that end meanwhile, are left out; those that may not be read are in `skipped`.
+    Processes without such a mapping, and those that end meanwhile, are left out; those that may not
+    be read are in `skipped`.
     """
     report = Report([], [])
     for pid in candidates:
@@ -265,8 +270,9 @@ def _blame_small_pages(
     text.blame(Reason.UNTOLD, untold)
     if small:
         text.blame(_why_small(pid, mapping), small)
-    # What is left has a PMD folio and yet no PMD; a kernel without PAGEMAP_SCAN tells it only by this subtraction.
-    text.blame(Reason.MAPPED_EARLIER, missing - copied - untold - small)
+    # What is left has a PMD folio and yet no PMD; a kernel without PAGEMAP_SCAN tells it only by
+    # this subtraction.
+    text.blame(Reason.MAPPED_SMALL, missing - copied - untold - small)
 
 
 def _why_small(pid: int, mapping: Mapping) -> Reason:

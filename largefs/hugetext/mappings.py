@@ -1,8 +1,9 @@
 """What processes map, and by which page-table entries: /proc/PID/{smaps,pagemap}, /proc/kpageflags.
 
-Only reads; nothing here changes a process or the page cache. All sizes and addresses are in bytes. A process may end at
-any moment: then FileNotFoundError or ProcessLookupError is raised; for another user's process, PermissionError.
-Sources: proc_pid_smaps(5), Documentation/admin-guide/mm/pagemap.rst, fs/proc/task_mmu.c.
+Only reads; nothing here changes a process or the page cache. All sizes and addresses are in bytes.
+A process may end at any moment: then FileNotFoundError or ProcessLookupError is raised; for another
+user's process, PermissionError. Sources: proc_pid_smaps(5),
+Documentation/admin-guide/mm/pagemap.rst, fs/proc/task_mmu.c.
 """
 
 import array
@@ -18,7 +19,8 @@ from functools import cache
 PAGE = mmap.PAGESIZE
 PMD = 2 << 20
 
-# One header line of smaps, for executable mappings only: start-end perms offset major:minor inode path.
+# One header line of smaps, for executable mappings only: start-end perms offset major:minor inode
+# path.
 _HEADER = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) ([r-][w-]x[ps]) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)$",
     re.MULTILINE,
@@ -66,7 +68,9 @@ class Mapping:
 
 
 def executable_mappings(pid: int) -> list[Mapping]:
-    """The executable file-backed mappings of a process, hugetlbfs's excepted; from smaps, one read."""
+    """The executable file-backed mappings of a process, hugetlbfs's excepted; from smaps, one
+    read.
+    """
     with open(f"/proc/{pid}/smaps", "rb") as f:
         smaps = f.read()
     found = []
@@ -102,9 +106,9 @@ def executable_mappings(pid: int) -> list[Mapping]:
 def file_size(pid: int, mapping: Mapping) -> int | None:
     """Size of the mapped file; None if it cannot be known.
 
-    /proc/PID/map_files reaches the very file, deleted or in another mount namespace, but following it takes
-    CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN. Else the path is tried, below the process's root first, and believed if it has
-    the mapping's inode number.
+    /proc/PID/map_files reaches the very file, deleted or in another mount namespace, but following
+    it takes CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN. Else the path is tried, below the process's
+    root first, and believed if it has the mapping's inode number.
     """
     try:
         return os.stat(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}").st_size
@@ -157,7 +161,8 @@ def present_blocks(pagemap: int, blocks: range) -> list[Block]:
     return list(found.values())
 
 
-# The PAGEMAP_SCAN ioctl of Linux 6.7: include/uapi/linux/fs.h, struct pm_scan_arg and struct page_region.
+# The PAGEMAP_SCAN ioctl of Linux 6.7: include/uapi/linux/fs.h, struct pm_scan_arg and struct
+# page_region.
 _PAGEMAP_SCAN = 0xC0606610
 _PAGE_IS_FILE, _PAGE_IS_PRESENT, _PAGE_IS_HUGE = 1 << 2, 1 << 3, 1 << 6
 _PM_SCAN_FIELDS = 12
@@ -168,12 +173,14 @@ _REGIONS = 1024
 def _scan(pagemap: int, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     """(start, end, categories) of the runs of present pages in [start, end)."""
     wanted = _PAGE_IS_PRESENT | _PAGE_IS_HUGE | _PAGE_IS_FILE
+    masks = 0, _PAGE_IS_PRESENT, 0, wanted  # inverted, all of, any of, to be told
     vector = (ctypes.c_uint64 * (3 * _REGIONS))()
+    buffer = ctypes.addressof(vector)
     while start < end:
         argument = array.array(
             "Q",
-            [8 * _PM_SCAN_FIELDS, 0, start, end, 0, ctypes.addressof(vector), _REGIONS]
-            + [0, 0, _PAGE_IS_PRESENT, 0, wanted],
+            # size, flags, start, end, walk_end, vec, vec_len, max_pages, the masks
+            (8 * _PM_SCAN_FIELDS, 0, start, end, 0, buffer, _REGIONS, 0, *masks),
         )
         count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, argument)
         for i in range(count):
@@ -196,7 +203,8 @@ def _read_pagemap(pagemap: int, blocks: range) -> list[Block]:
 def in_pmd_folio(pagemap: int, block: Block) -> bool | None:
     """Whether the page cache behind a block is one 2 MiB folio; None without CAP_SYS_ADMIN.
 
-    A PMD folio is a compound page whose head has a frame number divisible by 512, followed by 511 tails.
+    A PMD folio is a compound page whose head has a frame number divisible by 512, followed by 511
+    tails.
     """
     flags = _kpageflags()
     if flags is None:

@@ -1,12 +1,15 @@
-"""Warm-up: bring ranges of a file into the page cache in 2 MiB folios, so that faults on them map by PMD.
+"""Warm-up: bring ranges of a file into the page cache in 2 MiB folios, so that faults on them map
+by PMD.
 
-Blocks until the data is read: run it in a thread. The interpreter lock is free meanwhile, for every call that can fault is
-made through ctypes; no byte of a mapping is ever touched from Python, so truncation and I/O errors come back as
-errno and never as SIGBUS. In the largefs daemon it may be used on backing files only, never through the own mount.
+Blocks until the data is read: run it in a thread. The interpreter lock is free meanwhile, for every
+call that can fault is made through ctypes; no byte of a mapping is ever touched from Python, so
+truncation and I/O errors come back as errno and never as SIGBUS. In the largefs daemon it may be
+used on backing files only, never through the own mount.
 
-Needs Linux 6.7, for PAGEMAP_SCAN says what became a PMD mapping; FUSE passthrough needs 6.9 anyway. Sources:
-madvise(2), posix_fadvise(2), sync_file_range(2); do_sync_mmap_readahead() in mm/filemap.c, which reads 2 MiB folios where the
-mapping has MADV_HUGEPAGE, whatever the system's THP switches say.
+Needs Linux 6.7, for PAGEMAP_SCAN says what became a PMD mapping; FUSE passthrough needs 6.9 anyway.
+Sources: madvise(2), posix_fadvise(2), sync_file_range(2); do_sync_mmap_readahead() in mm/filemap.c,
+which reads 2 MiB folios where the mapping has MADV_HUGEPAGE, whatever the system's THP switches
+say.
 """
 
 import ctypes
@@ -14,7 +17,7 @@ import errno
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from largefs.hugetext import mappings
@@ -29,7 +32,8 @@ _SYNC_FILE_RANGE = 0x1 | 0x2 | 0x4  # wait before, write, wait after
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_int64]
+_int = ctypes.c_int
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, _int, _int, _int, ctypes.c_int64]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
@@ -60,7 +64,9 @@ def warm_file(
     ranges: Iterable[tuple[int, int]] | None = None,
     cancelled: Callable[[], bool] = never,
 ) -> Warmed:
-    """Warm (offset, length) ranges of a file, by default all of it. Raises OSError as warm_range()."""
+    """Warm (offset, length) ranges of a file, by default all of it. Raises OSError as
+    warm_range().
+    """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         done = Warmed()
@@ -74,10 +80,11 @@ def warm_file(
 def warm_range(fd: int, offset: int, length: int, cancelled: Callable[[], bool] = never) -> Warmed:
     """Warm the whole 2 MiB blocks of [offset, offset + length) that lie below the file's size.
 
-    Blocks that already are in 2 MiB folios stay as they are. Blocks cached in small folios are written back, dropped and
-    read again; pages that a process has mapped cannot be dropped and stay small. `cancelled` is asked every 32 MiB; a
-    warm-up that was cancelled, or overtaken by truncation, says less in `wanted`. Memory too fragmented or a filesystem
-    without large folios is no error: `in_pmd` is smaller. OSError: EIO if the file cannot be read, ENODEV if it cannot be
+    Blocks that already are in 2 MiB folios stay as they are. Blocks cached in small folios are
+    written back, dropped and read again; pages that a process has mapped cannot be dropped and stay
+    small. `cancelled` is asked every 32 MiB; a warm-up that was cancelled, or overtaken by
+    truncation, says less in `wanted`. Memory too fragmented or a filesystem without large folios is
+    no error: `in_pmd` is smaller. OSError: EIO if the file cannot be read, ENODEV if it cannot be
     mapped, EOPNOTSUPP on a kernel before 6.7.
     """
     done = Warmed()
@@ -90,7 +97,8 @@ def warm_range(fd: int, offset: int, length: int, cancelled: Callable[[], bool] 
         try:
             done += _warm_chunk(fd, position, end - position)
         except OSError as e:
-            # A populated page beyond a new end of file gives EFAULT, as an I/O error does: the size tells which.
+            # A populated page beyond a new end of file gives EFAULT, as an I/O error does: the size
+            # tells which.
             if e.errno != errno.EFAULT:
                 raise
             if os.fstat(fd).st_size >= end:
@@ -101,12 +109,13 @@ def warm_range(fd: int, offset: int, length: int, cancelled: Callable[[], bool] 
 
 
 def _warm_chunk(fd: int, offset: int, length: int) -> Warmed:
-    with _mapped(fd, offset, length) as start:
+    with mapped(fd, offset, length) as start:
         pagemap = mappings.open_pagemap("self")
         try:
             kept = _keep_pmd_folios(fd, offset, start, length, pagemap)
-            _check(_libc.madvise(start, length, _MADV_HUGEPAGE), ignore=errno.EINVAL)  # no THP
-            _check(_libc.madvise(start, length, _MADV_POPULATE_READ))
+            with suppress(OSError):  # EINVAL where the kernel has no THP: small pages are warm, too
+                madvise(start, length, _MADV_HUGEPAGE)
+            madvise(start, length, _MADV_POPULATE_READ)
             in_pmd = len(_pmd_blocks(pagemap, start, length)) * PMD
         finally:
             os.close(pagemap)
@@ -123,14 +132,16 @@ def _keep_pmd_folios(fd: int, offset: int, start: int, length: int, pagemap: int
         first = resident.raw.find(b"\1", i * pages, (i + 1) * pages)
         if first >= 0:
             cached.append(start + i * PMD)
-            # A fault on a page of a PMD folio maps the whole folio by PMD: that tells which they are.
-            _check(_libc.madvise(start + first * PAGE, PAGE, _MADV_POPULATE_READ))
+            # A fault on a page of a PMD folio maps the whole folio by PMD: that tells which they
+            # are.
+            madvise(start + first * PAGE, PAGE, _MADV_POPULATE_READ)
     kept = _pmd_blocks(pagemap, start, length) if cached else set()
     for address in cached:
         if address not in kept:
             at = offset + address - start
-            # Mapped or dirty pages are not dropped: unmap ours, write back. An error of writing back is fsync's to tell.
-            _check(_libc.madvise(address, PMD, _MADV_DONTNEED))
+            # Mapped or dirty pages are not dropped: unmap ours, write back. An error of writing
+            # back is fsync's to tell.
+            madvise(address, PMD, _MADV_DONTNEED)
             _libc.sync_file_range(fd, at, PMD, _SYNC_FILE_RANGE)
             os.posix_fadvise(fd, at, PMD, os.POSIX_FADV_DONTNEED)
     return len(kept) * PMD
@@ -149,13 +160,13 @@ def _known(pmd: bool | None) -> bool:
 
 
 @contextmanager
-def _mapped(fd: int, offset: int, length: int) -> Iterator[int]:
-    """Address of a read-only mapping, congruent to its offset; `offset` is a multiple of 2 MiB."""
+def mapped(fd: int, offset: int, length: int, protection: int = mmap.PROT_READ) -> Iterator[int]:
+    """Address of a shared mapping, congruent to its offset; `offset` is a multiple of 2 MiB."""
     anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     area = _map(None, length + PMD, 0, anonymous, -1, 0)
     try:
         start = -(-area // PMD) * PMD
-        yield _map(start, length, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, fd, offset)
+        yield _map(start, length, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, offset)
     finally:
         _libc.munmap(area, length + PMD)
 
@@ -167,6 +178,11 @@ def _map(at: int | None, length: int, protection: int, flags: int, fd: int, offs
     return int(address)
 
 
-def _check(result: int, ignore: int = 0) -> None:
-    if result and ctypes.get_errno() != ignore:
+def madvise(address: int, length: int, advice: int) -> None:
+    """Advise the kernel, without the interpreter lock. Raises OSError."""
+    _check(_libc.madvise(address, length, advice))
+
+
+def _check(result: int) -> None:
+    if result:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

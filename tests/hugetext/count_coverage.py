@@ -3,10 +3,10 @@
 
     count_coverage.py [--file PREFIX] PID...
 
-An independent check of `largefs report`: it shares no code with it. For each executable file-backed mapping, of files
-below PREFIX if given, and in all, prints in bytes:
+An independent check of `largefs report`: it shares no code with it. For each executable file-backed
+mapping, of files below PREFIX if given, and in all, prints in bytes:
 
-    eligible   whole 2 MiB-aligned blocks, congruent with the file offset, wholly below the file's size
+    eligible   whole 2 MiB-aligned blocks, congruent with the file offset, wholly below EOF
     touched    eligible blocks of which pagemap says that a page is present
     pmd        FilePmdMapped (ShmemPmdMapped on tmpfs)
     coverage   pmd / touched

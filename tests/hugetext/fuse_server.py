@@ -1,10 +1,17 @@
-"""The smallest FUSE server that the tests of hugetext need: one flat directory, read-only, by raw protocol.
+"""The smallest FUSE server that these tests need: one flat directory, read-only, by raw protocol.
 
     fuse_server.py SOURCE MOUNTPOINT ROUTE
 
-With ROUTE `passthrough` every open hands the kernel the file of SOURCE; with any other the server answers reads itself.
-`user.largefs.route` of every file says ROUTE. Prints `ready` when mounted; ends when unmounted. Needs root.
-Layouts: include/uapi/linux/fuse.h, protocol 7.40 and later.
+ROUTE is what `user.largefs.route` of every file says, and decides how files are read:
+
+    passthrough   every open hands the kernel the file of SOURCE as its backing file
+    none          the server answers reads
+    foreign       as none, but without that xattr, as any FUSE filesystem
+    slow          as none, each read half a second late
+    failing       as none, but every read is an I/O error
+
+Prints `ready` when mounted; ends when unmounted. Needs root. Layouts: include/uapi/linux/fuse.h,
+protocol 7.40 and later.
 """
 
 import ctypes
@@ -13,6 +20,7 @@ import fcntl
 import os
 import struct
 import sys
+import time
 
 LOOKUP, GETATTR, OPEN, READ, STATFS, RELEASE, GETXATTR, FLUSH, INIT = (
     1,
@@ -92,11 +100,15 @@ def serve(source: str, mountpoint: str, route: str) -> None:
                 return struct.pack("QIi", node, FOPEN_PASSTHROUGH, backing[node])
             return struct.pack("QIi", node, FOPEN_KEEP_CACHE, 0)
         if opcode == READ:
+            if route == "failing":
+                raise OSError(errno.EIO, "")
+            if route == "slow":
+                time.sleep(0.5)
             _, offset, size = struct.unpack_from("QQI", body)
             return os.pread(opened[node], size, offset)
         if opcode == GETXATTR:
             size = struct.unpack_from("I", body)[0]
-            if body[8:].rstrip(b"\0") != b"user.largefs.route":
+            if body[8:].rstrip(b"\0") != b"user.largefs.route" or route == "foreign":
                 raise OSError(errno.ENODATA, "")
             return route.encode() if size else struct.pack("2I", len(route), 0)
         if opcode == OPENDIR:
