@@ -32,7 +32,6 @@ FUSE_INIT_EXT, FUSE_PASSTHROUGH, FUSE_LARGE_FOLIOS = 1 << 30, 1 << 37, 1 << 62
 
 _TRIAL_SIZE = 2 * PMD
 _CAP_SYS_ADMIN = 21
-_MADV_COLLAPSE = 25
 
 
 class Route(Enum):
@@ -168,7 +167,7 @@ def _passthrough(offered: int | None, warmed: "_Warmed", fuse: "_Fuse", fstype: 
     if not warmed.in_pmd:
         return closed(
             f"the store's filesystem ({fstype}) gave a trial file no 2 MiB folio",
-            "put the store on xfs, on ext4 (Linux 6.16 or later), or on tmpfs with huge=advise",
+            "put the store on xfs, on ext4 (Linux 6.16 or later), or on tmpfs",
         )
     return Offer(
         Route.PASSTHROUGH, True, f"a trial file in the store ({fstype}) was mapped by 2 MiB pages"
@@ -253,7 +252,7 @@ def _try_collapse(fd: int) -> int:
     protection = mmap.PROT_READ | mmap.PROT_EXEC
     try:
         with warm.mapped(fd, 0, PMD, protection) as start:
-            warm.madvise(start, PMD, _MADV_COLLAPSE)
+            warm.madvise(start, PMD, warm.MADV_COLLAPSE)
     except OSError as e:
         return e.errno or errno.EIO
     return 0

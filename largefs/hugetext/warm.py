@@ -28,6 +28,7 @@ CHUNK = 32 << 20  # what is mapped and populated between two looks at `cancelled
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 _MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_POPULATE_READ = 4, 14, 22
+MADV_COLLAPSE = 25
 _SYNC_FILE_RANGE = 0x1 | 0x2 | 0x4  # wait before, write, wait after
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -116,10 +117,17 @@ def _warm_chunk(fd: int, offset: int, length: int) -> Warmed:
             with suppress(OSError):  # EINVAL where the kernel has no THP: small pages are warm, too
                 madvise(start, length, _MADV_HUGEPAGE)
             madvise(start, length, _MADV_POPULATE_READ)
-            in_pmd = len(_pmd_blocks(pagemap, start, length)) * PMD
+            in_pmd = _pmd_blocks(pagemap, start, length)
+            for address in range(start, start + length, PMD):
+                # What could not be dropped may still be collapsed: on tmpfs, always; on other
+                # filesystems by Linux 7.2, or an earlier one with CONFIG_READ_ONLY_THP_FOR_FS.
+                if address not in in_pmd:
+                    with suppress(OSError):
+                        madvise(address, PMD, MADV_COLLAPSE)
+                        in_pmd.add(address)
         finally:
             os.close(pagemap)
-    return Warmed(length, in_pmd, kept)
+    return Warmed(length, len(in_pmd) * PMD, kept)
 
 
 def _keep_pmd_folios(fd: int, offset: int, start: int, length: int, pagemap: int) -> int:

@@ -35,7 +35,7 @@ def mounted(*arguments: str) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def filesystem() -> Iterator[Callable[[str], Path]]:
-    """Directory on a filesystem of the given type: the host's, xfs, or tmpfs with huge=advise."""
+    """Directory on a filesystem: the host's, xfs, tmpfs, or one with small folios."""
     with ExitStack() as stack:
         known: dict[str, Path] = {}
 
@@ -47,14 +47,18 @@ def filesystem() -> Iterator[Callable[[str], Path]]:
                 top.chmod(0o755)
                 directory = top / fstype
                 directory.mkdir()
-                if fstype == "xfs":
+                if fstype in ("xfs", "small-folios"):
                     image = top / "image"
                     with open(image, "wb") as f:
                         f.truncate(1 << 30)
-                    subprocess.run(["mkfs.xfs", "-q", image], check=True)
-                    stack.enter_context(mounted("-o", "loop", str(image), str(directory)))
+                    # ext4 has no large folios where it journals data.
+                    make, options = ("mkfs.xfs", "loop")
+                    if fstype == "small-folios":
+                        make, options = ("mkfs.ext4", "loop,data=journal")
+                    subprocess.run([make, "-q", image], check=True)
+                    stack.enter_context(mounted("-o", options, str(image), str(directory)))
                 elif fstype == "tmpfs":
-                    options = ["-t", "tmpfs", "-o", "huge=advise,size=1g", "none"]
+                    options = ["-t", "tmpfs", "-o", "size=1g", "none"]
                     stack.enter_context(mounted(*options, str(directory)))
                 known[fstype] = directory
             return known[fstype]
