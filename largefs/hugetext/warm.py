@@ -16,6 +16,7 @@ import ctypes
 import errno
 import mmap
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -65,13 +66,17 @@ def warm_file(
     ranges: Iterable[tuple[int, int]] | None = None,
     cancelled: Callable[[], bool] = never,
 ) -> Warmed:
-    """Warm (offset, length) ranges of a file, by default all of it. Raises OSError as
-    warm_range().
+    """Warm (offset, length) ranges of a file, by default all of it.
+
+    OSError: as warm_range(), and EINVAL for what is no regular file, ELOOP for a symbolic link.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
+        st = os.fstat(fd)
+        if not stat.S_ISREG(st.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
         done = Warmed()
-        for offset, length in [(0, os.fstat(fd).st_size)] if ranges is None else ranges:
+        for offset, length in [(0, st.st_size)] if ranges is None else ranges:
             done += warm_range(fd, offset, length, cancelled)
         return done
     finally:
