@@ -164,6 +164,11 @@ def _passthrough(offered: int | None, warmed: "_Warmed", fuse: "_Fuse", fstype: 
         )
     if warmed.error:
         return closed(f"trial of a warm-up in the store: {os.strerror(warmed.error)}", "")
+    if "THP_enabled:\t0\n" in _read("/proc/self/status"):
+        return closed(
+            "2 MiB pages are switched off for this process (PR_SET_THP_DISABLE)",
+            "start it without that",
+        )
     if not warmed.in_pmd:
         return closed(
             f"the store's filesystem ({fstype}) gave a trial file no 2 MiB folio",

@@ -91,7 +91,7 @@ def warm_range(fd: int, offset: int, length: int, cancelled: Callable[[], bool] 
     small. `cancelled` is asked every 32 MiB; a warm-up that was cancelled, or overtaken by
     truncation, says less in `wanted`. Memory too fragmented or a filesystem without large folios is
     no error: `in_pmd` is smaller. OSError: EIO if the file cannot be read, ENODEV if it cannot be
-    mapped, EOPNOTSUPP on a kernel before 6.7.
+    mapped, ENOMEM, EOPNOTSUPP on a kernel before 6.7.
     """
     done = Warmed()
     position = -(-offset // PMD) * PMD

@@ -5,13 +5,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from largefs.hugetext import routes
-from tests.hugetext.support import HERE
+from tests.hugetext.support import HERE, mounted
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,18 +19,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if HERE in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason="needs root, to mount and to read pagemap"))
-
-
-@contextmanager
-def mounted(*arguments: str) -> Iterator[None]:
-    """mount(8) with `arguments`, the last of which is the mountpoint."""
-    subprocess.run(["mount", *arguments], check=True)
-    try:
-        yield
-    finally:
-        # Processes that map files of it must have ended; lazily, so that a failed test leaves
-        # nothing.
-        subprocess.run(["umount", "--lazy", arguments[-1]], check=True)
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +67,15 @@ def disk(filesystem: Callable[[str], Path]) -> Iterator[Path]:
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[[Path, str], Path]]:
+def servers() -> dict[Path, subprocess.Popen[bytes]]:
+    """The processes that `serve` started, by mountpoint."""
+    return {}
+
+
+@pytest.fixture
+def serve(
+    tmp_path: Path, servers: dict[Path, subprocess.Popen[bytes]]
+) -> Iterator[Callable[[Path, str], Path]]:
     """Serve a directory by FUSE with a route of fuse_server.py; the mountpoint."""
     with ExitStack() as stack:
 
@@ -92,6 +88,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[[Path, str], Path]]:
                 [sys.executable, HERE / "fuse_server.py", source, mountpoint, route],
                 stdout=subprocess.PIPE,
             )
+            servers[mountpoint] = server
 
             def end() -> None:
                 subprocess.run(["umount", "--lazy", mountpoint], check=False)

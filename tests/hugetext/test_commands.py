@@ -15,8 +15,7 @@ from click.testing import CliRunner, Result
 
 from largefs.cli import doctor, report, warm
 from largefs.hugetext.routes import kernel_version
-from tests.hugetext.conftest import mounted
-from tests.hugetext.support import MIB, make_file, text_of, warmed
+from tests.hugetext.support import MIB, make_file, mounted, text_of, warmed
 
 
 def run(command: click.Command, *arguments: object) -> Result:
@@ -71,6 +70,21 @@ def test_report_of_a_mountpoint(
     assert total["text"] == total["touched"] == total["pmd_mapped"] == 8 * MIB
     assert total["coverage"] == 1.0
     assert "1.000" in run(report.command, str(mountpoint) + "/").stdout
+
+
+def test_report_of_a_mountpoint_whose_server_was_killed(
+    disk: Path,
+    serve: Callable[[Path, str], Path],
+    servers: dict[Path, subprocess.Popen[bytes]],
+    map_file: Callable[..., int],
+) -> None:
+    """The programs go on under passthrough, and their pages can still be counted."""
+    warmed(make_file(disk / "file", 4 * MIB))
+    mountpoint = serve(disk, "passthrough")
+    map_file(mountpoint / "file", 0, 4 * MIB, 0, "touch")
+    servers[mountpoint].kill()
+    servers[mountpoint].wait()
+    assert totals(run(report.command, mountpoint, "--json"))["coverage"] == 1.0
 
 
 def test_report_of_a_program_by_name_and_by_path(

@@ -10,7 +10,7 @@ import pytest
 
 from largefs.hugetext import routes
 from largefs.hugetext.routes import FUSE_LARGE_FOLIOS, FUSE_PASSTHROUGH, Offer, Probe, Route, probe
-from tests.hugetext.conftest import mounted
+from tests.hugetext.support import mounted
 
 modern = pytest.mark.skipif(
     routes.kernel_version() < (6, 9), reason="FUSE passthrough needs Linux 6.9"
@@ -48,12 +48,8 @@ def test_store_on_overlayfs_needs_one_more_level(disk: Path) -> None:
         assert found.stack_depth == 2
         assert found.best.route is Route.PASSTHROUGH
         for name in "upper2", "work2", "top2":
-            (disk / "upper" / name).mkdir()
-            (disk / "top" / name).stat()
-        (disk / "top2").mkdir()
-        (disk / "u2").mkdir()
-        (disk / "w2").mkdir()
-        nested = f"lowerdir={disk}/top,upperdir={disk}/u2,workdir={disk}/w2"
+            (disk / name).mkdir()
+        nested = f"lowerdir={disk}/top,upperdir={disk}/upper2,workdir={disk}/work2"
         with mounted("-t", "overlay", "-o", nested, "none", str(disk / "top2")):
             found = probe(disk / "top2")
             assert "too deep" in offer(found, Route.PASSTHROUGH).reason
