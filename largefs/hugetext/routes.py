@@ -175,7 +175,7 @@ def _passthrough(offered: int | None, warmed: "_Warmed", fuse: "_Fuse", fstype: 
             "put the store on xfs, on ext4 (Linux 6.16 or later), or on tmpfs",
         )
     return Offer(
-        Route.PASSTHROUGH, True, f"a trial file in the store ({fstype}) was mapped by 2 MiB pages"
+        Route.PASSTHROUGH, True, f"a trial file on {fstype} was mapped by 2 MiB pages"
     )
 
 
