@@ -26,8 +26,8 @@ from largefs.hugetext.mappings import PMD
 
 THP = Path("/sys/kernel/mm/transparent_hugepage")
 
-# FUSE INIT flags, include/uapi/linux/fuse.h; the second is that of kernel-patch/, from the top of
-# the free range.
+# FUSE INIT flags, include/uapi/linux/fuse.h; the last is that of kernel-patch/, from the top of the
+# free range.
 FUSE_INIT_EXT, FUSE_PASSTHROUGH, FUSE_LARGE_FOLIOS = 1 << 30, 1 << 37, 1 << 62
 
 _TRIAL_SIZE = 2 * PMD
@@ -174,9 +174,7 @@ def _passthrough(offered: int | None, warmed: "_Warmed", fuse: "_Fuse", fstype: 
             f"the store's filesystem ({fstype}) gave a trial file no 2 MiB folio",
             "put the store on xfs, on ext4 (Linux 6.16 or later), or on tmpfs",
         )
-    return Offer(
-        Route.PASSTHROUGH, True, f"a trial file on {fstype} was mapped by 2 MiB pages"
-    )
+    return Offer(Route.PASSTHROUGH, True, f"a trial file on {fstype} was mapped by 2 MiB pages")
 
 
 def _folio(offered: int | None) -> Offer:
@@ -225,14 +223,11 @@ def _unused(route: Route) -> str:
 
 @contextmanager
 def _trial_file(directory: str | os.PathLike[str]) -> Iterator[int]:
-    """A descriptor, for reading only, of an unlinked file of incompressible data."""
-    fd, path = tempfile.mkstemp(prefix=".largefs-probe-", dir=directory)
-    try:
-        with open(fd, "wb") as f:
-            f.write(os.urandom(_TRIAL_SIZE))
-        reader = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        os.unlink(path)
+    """A descriptor, for reading only, of a file of incompressible data that has no name."""
+    with tempfile.TemporaryFile(dir=directory) as writer:
+        writer.write(os.urandom(_TRIAL_SIZE))
+        writer.flush()
+        reader = os.open(f"/proc/self/fd/{writer.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
     try:
         yield reader
     finally:
