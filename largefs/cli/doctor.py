@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import click
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from largefs.cli.output import show
 from largefs.hugetext import routes
 from largefs.hugetext.mappings import PMD
 
@@ -99,14 +99,13 @@ def _print(findings: list[Finding], route: routes.Route) -> None:
         )
         if finding.do:
             table.add_row("", "", f"-> {escape(finding.do)}")
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
+    show(table)
     verdict = {
         0: "all is fine",
         1: "works, with losses: see the warnings above",
         2: "cannot mount: see what is bad above",
     }[exit_status(findings)]
-    console.print(f"\nroute: [bold]{route.value}[/bold]; {verdict}")
+    show(f"\nroute: [bold]{route.value}[/bold]; {verdict}")
 
 
 def _routes(store: str | None, able: bool) -> tuple[list[Finding], routes.Route]:
@@ -214,8 +213,11 @@ def _huge_pages() -> Iterator[Finding]:
 
 
 def _free_huge_memory() -> Iterator[Finding]:
-    with open("/proc/buddyinfo") as f:
-        zones = [[int(count) for count in line.split()[4:]] for line in f]
+    try:
+        with open("/proc/buddyinfo") as f:
+            zones = [[int(count) for count in line.split()[4:]] for line in f]
+    except OSError:  # hidden in some containers
+        return
     order = (PMD // os.sysconf("SC_PAGE_SIZE")).bit_length() - 1
     pages = sum(count << i for zone in zones for i, count in enumerate(zone) if i >= order)
     free = pages * os.sysconf("SC_PAGE_SIZE")

@@ -6,15 +6,17 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import click
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from largefs.cli.output import show
 from largefs.hugetext import coverage, mappings
 from largefs.hugetext.coverage import Process, Report, Text
 from largefs.hugetext.mappings import Mapping
@@ -55,23 +57,22 @@ def command(target: str | None, as_json: bool, watch: bool, interval: float) -> 
     Exit status: 0 if something was found, 1 if nothing was, 2 for a wrong argument.
     """
     selection = select(target)
-    if as_json:
-        while True:
-            report = collect(selection)
-            click.echo(json.dumps(to_json(selection, report), indent=None if watch else 2))
-            if not watch:
-                break
-            time.sleep(interval)
-    elif watch:
+    if not watch:
+        report = collect(selection)
+        if as_json:
+            click.echo(json.dumps(to_json(selection, report), indent=2))
+        else:
+            show(render(selection, report))
+        sys.exit(0 if report.processes else 1)
+    with suppress(KeyboardInterrupt):
+        if as_json:
+            while True:
+                click.echo(json.dumps(to_json(selection, collect(selection))))
+                time.sleep(interval)
         with Live(screen=sys.stdout.isatty(), auto_refresh=False) as live:
             while True:
-                report = collect(selection)
-                live.update(render(selection, report), refresh=True)
+                live.update(render(selection, collect(selection)), refresh=True)
                 time.sleep(interval)
-    else:
-        report = collect(selection)
-        Console(width=None if sys.stdout.isatty() else 160).print(render(selection, report))
-    sys.exit(0 if report.processes else 1)
 
 
 def select(target: str | None) -> Selection:
@@ -135,10 +136,10 @@ def render(selection: Selection, report: Report) -> RenderableType:
     if selection.kind == "pid":
         process = report.processes[0]
         _columns(table, "MAPPING")
-        for mapped in process.mapped:
-            if mapped.text.eligible or len(process.mapped) == 1:
-                _row(table, mapped.text, f"{mapped.mapping.start:x} {mapped.mapping.path}")
-        if hidden := sum(not m.text.eligible for m in process.mapped[1:]):
+        shown = [mapped for mapped in process.mapped if mapped.text.eligible] or process.mapped
+        for mapped in shown:
+            _row(table, mapped.text, f"{mapped.mapping.start:x} {mapped.mapping.path}")
+        if hidden := len(process.mapped) - len(shown):
             table.add_row(*[""] * 5, f"(and {hidden} without eligible text)", style="dim")
     elif selection.kind == "program":
         _columns(table, "PROCESS")

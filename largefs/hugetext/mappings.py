@@ -12,12 +12,15 @@ import fcntl
 import mmap
 import os
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
 PAGE = mmap.PAGESIZE
 PMD = 2 << 20
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 # One header line of smaps, for executable mappings only: start-end perms offset major:minor inode
 # path.
@@ -111,19 +114,30 @@ def file_size(pid: int, mapping: Mapping) -> int | None:
     root first, and believed if it has the mapping's inode number.
     """
     try:
-        return os.stat(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}").st_size
+        return _size_and_inode(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}")[0]
     except OSError:
         pass
     if mapping.deleted:
         return None
     for prefix in (f"/proc/{pid}/root", ""):
         try:
-            st = os.stat(prefix + mapping.path)
+            size, inode = _size_and_inode(prefix + mapping.path)
         except OSError:
             continue
-        if st.st_ino == mapping.inode:
-            return st.st_size
+        if inode == mapping.inode:
+            return size
     return None
+
+
+def _size_and_inode(path: str) -> tuple[int, int]:
+    """As the kernel has them now: a FUSE or network server is not asked, for it may be dead."""
+    at_fdcwd, at_statx_dont_sync, statx_ino, statx_size = -100, 0x4000, 0x100, 0x200
+    buffer = ctypes.create_string_buffer(256)  # struct statx
+    name = os.fsencode(path)
+    if _libc.statx(at_fdcwd, name, at_statx_dont_sync, statx_ino | statx_size, buffer):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
+    inode, size = struct.unpack_from("QQ", buffer, 32)
+    return size, inode
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,13 +26,12 @@ from largefs.hugetext.mappings import PMD
 
 THP = Path("/sys/kernel/mm/transparent_hugepage")
 
-# FUSE INIT flags, include/uapi/linux/fuse.h; the second is that of kernel-patch/, from the top of
-# the free range.
+# FUSE INIT flags, include/uapi/linux/fuse.h; the last is that of kernel-patch/, from the top of the
+# free range.
 FUSE_INIT_EXT, FUSE_PASSTHROUGH, FUSE_LARGE_FOLIOS = 1 << 30, 1 << 37, 1 << 62
 
 _TRIAL_SIZE = 2 * PMD
 _CAP_SYS_ADMIN = 21
-_MADV_COLLAPSE = 25
 
 
 class Route(Enum):
@@ -165,14 +164,17 @@ def _passthrough(offered: int | None, warmed: "_Warmed", fuse: "_Fuse", fstype: 
         )
     if warmed.error:
         return closed(f"trial of a warm-up in the store: {os.strerror(warmed.error)}", "")
+    if "THP_enabled:\t0\n" in _read("/proc/self/status"):
+        return closed(
+            "2 MiB pages are switched off for this process (PR_SET_THP_DISABLE)",
+            "start it without that",
+        )
     if not warmed.in_pmd:
         return closed(
             f"the store's filesystem ({fstype}) gave a trial file no 2 MiB folio",
-            "put the store on xfs, on ext4 (Linux 6.16 or later), or on tmpfs with huge=advise",
+            "put the store on xfs, on ext4 (Linux 6.16 or later), or on tmpfs",
         )
-    return Offer(
-        Route.PASSTHROUGH, True, f"a trial file in the store ({fstype}) was mapped by 2 MiB pages"
-    )
+    return Offer(Route.PASSTHROUGH, True, f"a trial file on {fstype} was mapped by 2 MiB pages")
 
 
 def _folio(offered: int | None) -> Offer:
@@ -221,14 +223,11 @@ def _unused(route: Route) -> str:
 
 @contextmanager
 def _trial_file(directory: str | os.PathLike[str]) -> Iterator[int]:
-    """A descriptor, for reading only, of an unlinked file of incompressible data."""
-    fd, path = tempfile.mkstemp(prefix=".largefs-probe-", dir=directory)
-    try:
-        with open(fd, "wb") as f:
-            f.write(os.urandom(_TRIAL_SIZE))
-        reader = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        os.unlink(path)
+    """A descriptor, for reading only, of a file of incompressible data that has no name."""
+    with tempfile.TemporaryFile(dir=directory) as writer:
+        writer.write(os.urandom(_TRIAL_SIZE))
+        writer.flush()
+        reader = os.open(f"/proc/self/fd/{writer.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
     try:
         yield reader
     finally:
@@ -253,7 +252,7 @@ def _try_collapse(fd: int) -> int:
     protection = mmap.PROT_READ | mmap.PROT_EXEC
     try:
         with warm.mapped(fd, 0, PMD, protection) as start:
-            warm.madvise(start, PMD, _MADV_COLLAPSE)
+            warm.madvise(start, PMD, warm.MADV_COLLAPSE)
     except OSError as e:
         return e.errno or errno.EIO
     return 0

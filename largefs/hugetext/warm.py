@@ -16,6 +16,7 @@ import ctypes
 import errno
 import mmap
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ CHUNK = 32 << 20  # what is mapped and populated between two looks at `cancelled
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 _MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_POPULATE_READ = 4, 14, 22
+MADV_COLLAPSE = 25
 _SYNC_FILE_RANGE = 0x1 | 0x2 | 0x4  # wait before, write, wait after
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -64,13 +66,17 @@ def warm_file(
     ranges: Iterable[tuple[int, int]] | None = None,
     cancelled: Callable[[], bool] = never,
 ) -> Warmed:
-    """Warm (offset, length) ranges of a file, by default all of it. Raises OSError as
-    warm_range().
+    """Warm (offset, length) ranges of a file, by default all of it.
+
+    OSError: as warm_range(), and EINVAL for what is no regular file, ELOOP for a symbolic link.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
+        st = os.fstat(fd)
+        if not stat.S_ISREG(st.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
         done = Warmed()
-        for offset, length in [(0, os.fstat(fd).st_size)] if ranges is None else ranges:
+        for offset, length in [(0, st.st_size)] if ranges is None else ranges:
             done += warm_range(fd, offset, length, cancelled)
         return done
     finally:
@@ -85,7 +91,7 @@ def warm_range(fd: int, offset: int, length: int, cancelled: Callable[[], bool] 
     small. `cancelled` is asked every 32 MiB; a warm-up that was cancelled, or overtaken by
     truncation, says less in `wanted`. Memory too fragmented or a filesystem without large folios is
     no error: `in_pmd` is smaller. OSError: EIO if the file cannot be read, ENODEV if it cannot be
-    mapped, EOPNOTSUPP on a kernel before 6.7.
+    mapped, ENOMEM, EOPNOTSUPP on a kernel before 6.7.
     """
     done = Warmed()
     position = -(-offset // PMD) * PMD
@@ -116,10 +122,17 @@ def _warm_chunk(fd: int, offset: int, length: int) -> Warmed:
             with suppress(OSError):  # EINVAL where the kernel has no THP: small pages are warm, too
                 madvise(start, length, _MADV_HUGEPAGE)
             madvise(start, length, _MADV_POPULATE_READ)
-            in_pmd = len(_pmd_blocks(pagemap, start, length)) * PMD
+            in_pmd = _pmd_blocks(pagemap, start, length)
+            for address in range(start, start + length, PMD):
+                # What could not be dropped may still be collapsed: on tmpfs, always; on other
+                # filesystems by Linux 7.2, or an earlier one with CONFIG_READ_ONLY_THP_FOR_FS.
+                if address not in in_pmd:
+                    with suppress(OSError):
+                        madvise(address, PMD, MADV_COLLAPSE)
+                        in_pmd.add(address)
         finally:
             os.close(pagemap)
-    return Warmed(length, in_pmd, kept)
+    return Warmed(length, len(in_pmd) * PMD, kept)
 
 
 def _keep_pmd_folios(fd: int, offset: int, start: int, length: int, pagemap: int) -> int:

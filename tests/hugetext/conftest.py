@@ -5,13 +5,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from largefs.hugetext import routes
-from tests.hugetext.support import HERE
+from tests.hugetext.support import HERE, mounted
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,21 +21,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs root, to mount and to read pagemap"))
 
 
-@contextmanager
-def mounted(*arguments: str) -> Iterator[None]:
-    """mount(8) with `arguments`, the last of which is the mountpoint."""
-    subprocess.run(["mount", *arguments], check=True)
-    try:
-        yield
-    finally:
-        # Processes that map files of it must have ended; lazily, so that a failed test leaves
-        # nothing.
-        subprocess.run(["umount", "--lazy", arguments[-1]], check=True)
-
-
 @pytest.fixture(scope="session")
 def filesystem() -> Iterator[Callable[[str], Path]]:
-    """Directory on a filesystem of the given type: the host's, xfs, or tmpfs with huge=advise."""
+    """Directory on a filesystem: the host's, xfs, tmpfs, or one with small folios."""
     with ExitStack() as stack:
         known: dict[str, Path] = {}
 
@@ -47,14 +35,18 @@ def filesystem() -> Iterator[Callable[[str], Path]]:
                 top.chmod(0o755)
                 directory = top / fstype
                 directory.mkdir()
-                if fstype == "xfs":
+                if fstype in ("xfs", "small-folios"):
                     image = top / "image"
                     with open(image, "wb") as f:
                         f.truncate(1 << 30)
-                    subprocess.run(["mkfs.xfs", "-q", image], check=True)
-                    stack.enter_context(mounted("-o", "loop", str(image), str(directory)))
+                    # ext4 has no large folios where it journals data.
+                    make, options = ("mkfs.xfs", "loop")
+                    if fstype == "small-folios":
+                        make, options = ("mkfs.ext4", "loop,data=journal")
+                    subprocess.run([make, "-q", image], check=True)
+                    stack.enter_context(mounted("-o", options, str(image), str(directory)))
                 elif fstype == "tmpfs":
-                    options = ["-t", "tmpfs", "-o", "huge=advise,size=1g", "none"]
+                    options = ["-t", "tmpfs", "-o", "size=1g", "none"]
                     stack.enter_context(mounted(*options, str(directory)))
                 known[fstype] = directory
             return known[fstype]
@@ -75,7 +67,15 @@ def disk(filesystem: Callable[[str], Path]) -> Iterator[Path]:
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[[Path, str], Path]]:
+def servers() -> dict[Path, subprocess.Popen[bytes]]:
+    """The processes that `serve` started, by mountpoint."""
+    return {}
+
+
+@pytest.fixture
+def serve(
+    tmp_path: Path, servers: dict[Path, subprocess.Popen[bytes]]
+) -> Iterator[Callable[[Path, str], Path]]:
     """Serve a directory by FUSE with a route of fuse_server.py; the mountpoint."""
     with ExitStack() as stack:
 
@@ -88,6 +88,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[[Path, str], Path]]:
                 [sys.executable, HERE / "fuse_server.py", source, mountpoint, route],
                 stdout=subprocess.PIPE,
             )
+            servers[mountpoint] = server
 
             def end() -> None:
                 subprocess.run(["umount", "--lazy", mountpoint], check=False)

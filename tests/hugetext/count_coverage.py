@@ -25,7 +25,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 def text_mappings(pid):
     """Yield (start, end, offset, path, PMD-mapped bytes)."""
     current = None
-    with open(f"/proc/{pid}/smaps") as smaps:
+    with open(f"/proc/{pid}/smaps", errors="backslashreplace") as smaps:
         for line in smaps:
             words = line.split()
             if not words[0].endswith(":"):
@@ -37,6 +37,8 @@ def text_mappings(pid):
                 current = [start, end, int(words[2], 16), path, 0] if executable else None
             elif current and words[0] in ("FilePmdMapped:", "ShmemPmdMapped:"):
                 current[4] += int(words[1]) * 1024
+            elif current and words[0] == "VmFlags:" and "ht" in words:
+                current = None  # hugetlbfs: no page cache, no PmdMapped
     if current:
         yield current
 

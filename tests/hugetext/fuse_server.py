@@ -7,7 +7,7 @@ ROUTE is what `user.largefs.route` of every file says, and decides how files are
     passthrough   every open hands the kernel the file of SOURCE as its backing file
     none          the server answers reads
     foreign       as none, but without that xattr, as any FUSE filesystem
-    slow          as none, each read half a second late
+    slow          as none, each read 50 ms late
     failing       as none, but every read is an I/O error
 
 Prints `ready` when mounted; ends when unmounted. Needs root. Layouts: include/uapi/linux/fuse.h,
@@ -103,7 +103,7 @@ def serve(source: str, mountpoint: str, route: str) -> None:
             if route == "failing":
                 raise OSError(errno.EIO, "")
             if route == "slow":
-                time.sleep(0.5)
+                time.sleep(0.05)
             _, offset, size = struct.unpack_from("QQI", body)
             return os.pread(opened[node], size, offset)
         if opcode == GETXATTR:

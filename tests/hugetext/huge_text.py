@@ -1,4 +1,4 @@
-"""Make a program with much text: `build(path, mib)` compiles one whose every page of text holds a function.
+"""Make a program with much text, whose every page holds a function.
 
 The program calls them all, prints `ready` and waits for the end of its standard input.
 """

@@ -1,14 +1,28 @@
-"""Files in and out of the page cache, and an independent count of coverage."""
+"""Mounts, files in and out of the page cache, and an independent count of coverage."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from largefs.hugetext import coverage, warm
 
 HERE = Path(__file__).parent
 MIB = 1 << 20
+
+
+@contextmanager
+def mounted(*arguments: str) -> Iterator[None]:
+    """mount(8) with `arguments`, the last of which is the mountpoint."""
+    subprocess.run(["mount", *arguments], check=True)
+    try:
+        yield
+    finally:
+        # Processes that map files of it must have ended; lazily, so that a failed test leaves
+        # nothing.
+        subprocess.run(["umount", "--lazy", arguments[-1]], check=True)
 
 
 def make_file(path: Path, size: int) -> Path:

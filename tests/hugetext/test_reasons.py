@@ -1,5 +1,6 @@
 """Each reason that coverage gives for text in small pages, brought about by a real mapping."""
 
+import dataclasses
 import os
 import pickle
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from largefs.hugetext import coverage, warm
+from largefs.hugetext import coverage, mappings, warm
 from largefs.hugetext.coverage import Reason, Report, Text
 from tests.hugetext.support import HERE, MIB, check_sums, drop, make_file, text_of, warmed
 
@@ -197,3 +198,21 @@ def test_drop_really_drops(disk: Path) -> None:
     path = warmed(make_file(disk / "file", 4 * MIB))
     drop(path)
     assert warm.warm_file(path).already == 0
+
+
+@pytest.mark.parametrize("actions", [("touch", "write"), ("touch-first",), ()])
+def test_kernels_without_pagemap_scan(
+    disk: Path, map_file: Callable[..., int], actions: tuple[str, ...]
+) -> None:
+    """Reading pagemap finds the same blocks as the ioctl, and leaves open which are PMD-mapped."""
+    path = warmed(make_file(disk / "file", 6 * MIB))
+    pid = map_file(path, 0, 6 * MIB, 0, *actions)
+    [mapping] = [m for m in mappings.executable_mappings(pid) if m.path == str(path)]
+    blocks = mapping.eligible_blocks(6 * MIB)
+    pagemap = mappings.open_pagemap(pid)
+    try:
+        scanned = mappings.present_blocks(pagemap, blocks)
+        read = mappings._read_pagemap(pagemap, blocks)
+    finally:
+        os.close(pagemap)
+    assert [dataclasses.replace(block, pmd=None) for block in scanned] == read
