@@ -549,7 +549,14 @@ class Filesystem(pyfuse3.Operations):
 
 
 def _check_namespace(name: bytes) -> None:
+    """Refuse names that are ours or nobody's, as xattr_resolve_name() in fs/xattr.c does."""
     if name.startswith(hints.PREFIX):
-        raise FUSEError(errno.EPERM)
-    if not name.startswith((b"user.", b"trusted.", b"security.", b"system.posix_acl_")):
-        raise fail(errno.EOPNOTSUPP)
+        raise fail(errno.EPERM)
+    if name in (acl.ACCESS, acl.DEFAULT):
+        return
+    for namespace in (b"user.", b"trusted.", b"security."):
+        if name.startswith(namespace):
+            if name == namespace:
+                raise fail(errno.EINVAL)
+            return
+    raise fail(errno.EOPNOTSUPP)

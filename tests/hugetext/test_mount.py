@@ -1,0 +1,197 @@
+"""Debian's programs, run from a mount with a cold cache: their text is on 2 MiB pages.
+
+Counted by count_coverage.py, which is no part of the package, while each program is at work: it has
+done real work, and waits for us to read its output or to close its input.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.hugetext.support import HERE, drop
+from tests.mounts import LARGEFS, Mount, Mounts, largefs
+
+ENOUGH = 0.95
+"""The coverage that largefs promises for programs that are eligible."""
+
+CPP = """
+#include <algorithm>
+#include <iostream>
+#include <map>
+#include <regex>
+#include <string>
+template<int N> struct Work { std::map<int, std::string> m; int go() {
+  std::regex r("a(b|c)*d"); m[N] = std::to_string(N); return std::regex_match(m[N], r) + Work<N - 1>().go(); } };
+template<> struct Work<0> { int go() { return 0; } };
+int main() { return Work<40>().go(); }
+"""
+
+
+def imported(mounts: Mounts, source: Path, *options: str, align: str = "off") -> Mount:
+    """A mount of an import of `source`, nothing of it in the page cache."""
+    store = source.with_name("store")
+    largefs("mkfs", store)
+    largefs("import", "--align", align, source, store)
+    subprocess.run(["sync", "-f", store], check=True)
+    for file in (store / "extents").glob("*/*"):
+        drop(file)
+    return mounts.make(*options, store=store)
+
+
+def coverage(pid: int, mountpoint: Path) -> tuple[int, float]:
+    """(touched bytes, coverage) of what a process maps from the mount, by the independent count."""
+    command = [sys.executable, HERE / "count_coverage.py", "--file", mountpoint, str(pid)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    print(said)
+    _, touched, _, share, _ = said.splitlines()[-1].split()
+    return int(touched), float(share)
+
+
+@contextmanager
+def at_work(*command: str | Path, **options: object) -> Iterator[subprocess.Popen[bytes]]:
+    """A program whose standard output nobody reads: it stops when the pipe is full, its work done."""
+    child = subprocess.Popen(
+        [*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options
+    )
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def wait_until_blocked(child: subprocess.Popen[bytes]) -> None:
+    """Wait until the child sleeps in a write to its full pipe."""
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        assert child.poll() is None, "the program ended too early"
+        if "pipe_write" in Path(f"/proc/{child.pid}/stack").read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError("the program did not fill its pipe")
+
+
+def test_node(mounts: Mounts, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    node = os.path.realpath(shutil.which("node") or pytest.skip("nodejs is not installed"))
+    libraries = re.findall(r"=> (\S*libnode\S*)", subprocess.getoutput(f"ldd {node}"))
+    for path in (node, *libraries):
+        shutil.copy2(path, source)
+    mount = imported(mounts, source)
+    work = (
+        "const z = require('zlib'); let s = JSON.stringify([...Array(1e5).keys()]);"
+        "console.log(z.gunzipSync(z.gzipSync(s)).length + s.replace(/1+/g, 'x').length);"
+        "process.stdin.resume()"
+    )
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(mount.path)}
+    with at_work(mount.path / Path(node).name, "-e", work, env=environment) as child:
+        assert child.stdout is not None
+        assert int(child.stdout.readline()) > 500_000
+        touched, share = coverage(child.pid, mount.path)
+        assert touched > 10 << 20
+        assert share >= ENOUGH
+        report = subprocess.run(
+            [LARGEFS, "report", mount.path, "--json"], check=True, capture_output=True, text=True
+        ).stdout
+        assert '"coverage": ' in report
+
+
+def test_cc1plus(mounts: Mounts, tmp_path: Path) -> None:
+    compiler = Path(subprocess.check_output(["g++", "-print-prog-name=cc1plus"], text=True).strip())
+    source = tmp_path / "source"
+    shutil.copytree(compiler.parent, source, symlinks=True)
+    mount = imported(mounts, source)
+    flags = subprocess.check_output(
+        ["g++", "-E", "-v", "-x", "c++", "/dev/null"], stderr=subprocess.STDOUT, text=True
+    )
+    includes = re.findall(r"^ (/\S+)$", flags, re.MULTILINE)
+    program = tmp_path / "work.cc"
+    program.write_text(CPP)
+    arguments = ["-quiet", "-O2", *[f"-I{i}" for i in includes], program, "-o", "-"]
+    with at_work(mount.path / "cc1plus", *arguments) as child:
+        wait_until_blocked(child)
+        touched, share = coverage(child.pid, mount.path)
+        assert touched > 10 << 20
+        assert share >= ENOUGH
+
+
+def test_libllvm(mounts: Mounts, tmp_path: Path) -> None:
+    """A shared object, not relinked and not realigned: the kernel places it (thp_get_unmapped_area)."""
+    llc = shutil.which("llc-14") or shutil.which("llc") or pytest.skip("llvm is not installed")
+    llc = os.path.realpath(llc)
+    library = re.findall(r"=> (\S*libLLVM\S*)", subprocess.getoutput(f"ldd {llc}"))[0]
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy2(os.path.realpath(library), source / Path(library).name)
+    shutil.copy2(llc, source / "llc")
+    mount = imported(mounts, source)
+    code = tmp_path / "work.ll"
+    code.write_text(
+        "".join(
+            f"define i64 @f{i}(i64 %x) {{ %y = mul i64 %x, {i} %z = xor i64 %y, {i * 7}"
+            f" %w = udiv i64 %z, {i + 3} ret i64 %w }}\n"
+            for i in range(3000)
+        )
+    )
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(mount.path)}
+    with at_work(mount.path / "llc", "-O2", code, "-o", "-", env=environment) as child:
+        wait_until_blocked(child)
+        touched, share = coverage(child.pid, mount.path)
+        assert touched > 10 << 20
+        assert share >= ENOUGH
+
+
+def test_small_pages_without_warm_up(mounts: Mounts, tmp_path: Path) -> None:
+    """The counter-proof: it is the warm-up that does it."""
+    source = tmp_path / "source"
+    source.mkdir()
+    node = os.path.realpath(shutil.which("node") or pytest.skip("nodejs is not installed"))
+    shutil.copy2(node, source / "node")
+    mount = imported(mounts, source, "hugetext=off")
+    with at_work(mount.path / "node", "-e", "console.log(1); process.stdin.resume()") as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        _, share = coverage(child.pid, mount.path)
+        assert share < 0.5
+
+
+def test_the_program_goes_on_when_the_daemon_is_killed(mounts: Mounts, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    node = os.path.realpath(shutil.which("node") or pytest.skip("nodejs is not installed"))
+    shutil.copy2(node, source / "node")
+    mount = imported(mounts, source)
+    echo = "process.stdin.on('data', d => console.log(eval(d.toString())))"
+    with at_work(mount.path / "node", "-e", echo) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+
+        def ask(expression: str) -> bytes:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            child.stdin.write(expression.encode() + b"\n")
+            child.stdin.flush()
+            return child.stdout.readline().strip()
+
+        assert ask("6 * 7") == b"42"
+        mount.kill()
+        busy = "(() => { let s = 0; for (let i = 0; i < 3e6; i++) s += /a+/.test('b' + i); return s })()"
+        assert ask(busy) == b"0"
+        assert (
+            ask(
+                "require('zlib').crc32 ? 1 : require('zlib').deflateSync('x'.repeat(1e6)).length > 0 | 0"
+            )
+            == b"1"
+        )
+        assert child.poll() is None
+        mount.mount()  # the store mounts again by itself
+        assert (mount.path / "node").stat().st_size == os.stat(node).st_size
