@@ -2,10 +2,11 @@
 
     python channel_daemon.py OPTIONS-AS-JSON SOURCE MOUNTPOINT
 
-Prints one JSON line when INIT is settled (and one per request that the test asks to see, on stderr);
-ends when unmounted. Node ids are 1 for the root and the source's inode numbers for its files.
+Prints a JSON line when INIT is settled and, with "trace", one for each READ and WRITE; ends when
+unmounted. Node ids are 1 for the root and the source's inode numbers for its files.
 """
 
+import ctypes
 import errno
 import json
 import os
@@ -13,18 +14,20 @@ import stat
 import sys
 from typing import Any
 
-try:
-    from largefs.channel import Channel, Unavailable, Wanted, load
+from largefs.channel import Channel, Unavailable, Wanted, load
 
+options: dict[str, Any] = json.loads(sys.argv[1])
+source = sys.argv[2]
+libc = ctypes.CDLL(None, use_errno=True)
+try:
+    if options.get("absent"):
+        raise Unavailable("as asked")
     channel: Channel | None = load()
 except Unavailable:
     channel = None
 
-import pyfuse3
-import trio
-
-options: dict[str, Any] = json.loads(sys.argv[1])
-source = sys.argv[2]
+import pyfuse3  # noqa: E402  (after load)
+import trio  # noqa: E402
 
 
 def say(**event: Any) -> None:
@@ -55,7 +58,9 @@ class Flat(pyfuse3.Operations):
         return source if inode == pyfuse3.ROOT_INODE else self.path[inode]
 
     async def getattr(self, inode, ctx=None):
-        return self.attributes(os.lstat(self.at(inode)), inode)
+        return self.attributes(
+            os.stat(self.at(inode), follow_symlinks="/proc/" in self.at(inode)), inode
+        )
 
     async def lookup(self, parent, name, ctx=None):
         path = os.path.join(source, os.fsdecode(name))
@@ -110,6 +115,25 @@ class Flat(pyfuse3.Operations):
 
     async def flush(self, fh):
         pass
+
+    async def fallocate(self, fh, mode, offset, length):
+        if libc.fallocate(fh, mode, ctypes.c_long(offset), ctypes.c_long(length)):
+            raise pyfuse3.FUSEError(ctypes.get_errno())
+
+    async def lseek(self, fh, offset, whence):
+        try:
+            return os.lseek(fh, offset, whence)
+        except OSError as e:
+            raise pyfuse3.FUSEError(e.errno) from e
+
+    async def copy_file_range(self, fh_in, offset_in, fh_out, offset_out, length, flags):
+        return os.copy_file_range(fh_in, fh_out, length, offset_in, offset_out)
+
+    async def tmpfile(self, parent, mode, flags, ctx):
+        fd = os.open(source, os.O_TMPFILE | os.O_RDWR, mode)
+        st = os.fstat(fd)
+        self.path[st.st_ino] = f"/proc/self/fd/{fd}"
+        return self.opened(fd), self.attributes(st)
 
     async def unlink(self, parent, name, ctx):
         os.unlink(os.path.join(source, os.fsdecode(name)))
