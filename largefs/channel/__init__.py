@@ -136,7 +136,10 @@ def load() -> Channel:
             raise Unavailable(f"the companion does not load: {e}") from e
         finally:
             sys.setdlopenflags(flags)
-        companion.attach(import_module("pyfuse3").__file__)
+        try:
+            companion.attach(import_module("pyfuse3").__file__)
+        except OSError as e:  # pyfuse3 has its libfuse inside, out of the companion's reach
+            raise Unavailable(f"pyfuse3's libfuse is not to be found: {e}") from e
         _channel = Channel(companion)
     return _channel
 

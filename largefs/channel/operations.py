@@ -45,6 +45,14 @@ class Operations(Protocol):
     async def tmpfile(self, parent: int, mode: int, flags: int, ctx: Any) -> tuple[Any, Any]:
         """Create a nameless file (O_TMPFILE); return pyfuse3's FileInfo and EntryAttributes."""
 
+    def kill_privileges(self, inode: int) -> None:
+        """Clear S_ISUID, S_ISGID (if the group may execute) and security.capability of a file.
+
+        Called, with Wanted.kill_privileges, before the write or truncation that asks for it is
+        handed on: so it is no coroutine, and must be quick. Attributes that the kernel may have
+        cached are the filesystem's to invalidate.
+        """
+
 
 class Dispatcher:
     """Takes requests in the task that reads them, and answers them in tasks of `nursery`."""
@@ -60,11 +68,14 @@ class Dispatcher:
         self._send = send
         self._take_backing = take_backing
         self._pending: set[int] = set()
+        self._kill_privileges: Callable[[int], None] = getattr(
+            operations, "kill_privileges", lambda inode: None
+        )
         handlers: dict[int, tuple[str, Callable[[Any, Request], Awaitable[bytes]]]] = {
-            protocol.FALLOCATE: ("fallocate", _fallocate),
+            protocol.FALLOCATE: ("fallocate", self._fallocate),
             protocol.LSEEK: ("lseek", _lseek),
-            protocol.COPY_FILE_RANGE: ("copy_file_range", _copy_file_range),
-            protocol.COPY_FILE_RANGE_64: ("copy_file_range", _copy_file_range_64),
+            protocol.COPY_FILE_RANGE: ("copy_file_range", self._copy_file_range),
+            protocol.COPY_FILE_RANGE_64: ("copy_file_range", self._copy_file_range),
             protocol.TMPFILE: ("tmpfile", self._tmpfile),
         }
         self._handlers = {
@@ -81,10 +92,22 @@ class Dispatcher:
         if opcode == protocol.INTERRUPT:
             # libfuse does not know of ours. An interrupt needs no answer; the request goes on.
             return int.from_bytes(request.body[:8], sys.byteorder) in self._pending
+        if opcode in (protocol.OPEN, protocol.SETATTR, protocol.WRITE):
+            return not self._killed(request)
         if opcode not in self._handlers:
             return False
         self._pending.add(request.unique)
         self._nursery.start_soon(self._answer, request)
+        return True
+
+    def _killed(self, request: Request) -> bool:
+        """Clear the file's privileges for a request that pyfuse3 serves, or refuse it."""
+        try:
+            self._kill_privileges(request.nodeid)
+        except Exception:
+            log.exception("unforeseen error in kill_privileges(%d)", request.nodeid)
+            self._send(protocol.failure(request.unique, EIO))
+            return False
         return True
 
     async def _answer(self, request: Request) -> None:
@@ -99,7 +122,33 @@ class Dispatcher:
             message = protocol.failure(request.unique, EIO)
         finally:
             self._pending.discard(request.unique)
-            self._send(message)
+            try:
+                self._send(message)
+            except OSError as e:  # the connection is gone, and with it whoever asked
+                log.warning("no answer to FUSE opcode %d: %s", request.opcode, e)
+
+    async def _fallocate(self, fallocate: Any, request: Request) -> bytes:
+        fh, offset, length, mode = protocol.FALLOCATE_IN.unpack_from(request.body)
+        self._modify(request.nodeid, request)
+        await fallocate(fh, mode, offset, length)
+        return b""
+
+    async def _copy_file_range(self, copy: Any, request: Request) -> bytes:
+        fields = protocol.COPY_FILE_RANGE_IN.unpack_from(request.body)
+        fh_in, offset_in, inode_out, fh_out, offset_out, length, flags = fields
+        wide = request.opcode == protocol.COPY_FILE_RANGE_64
+        self._modify(inode_out, request)
+        length = min(length, 2**63 - 1 if wide else _MAX_COPY)
+        copied = await copy(fh_in, offset_in, fh_out, offset_out, length, flags)
+        return (protocol.COPY_FILE_RANGE_OUT if wide else protocol.WRITE_OUT).pack(copied)
+
+    def _modify(self, inode: int, request: Request) -> None:
+        """Clear the privileges of a file about to be changed by a request with no flag for that.
+
+        As in the kernel, root may keep them; unlike there, CAP_FSETID alone is not enough.
+        """
+        if request.context.uid:
+            self._kill_privileges(inode)
 
     async def _tmpfile(self, tmpfile: Any, request: Request) -> bytes:
         flags, mode, umask, _ = protocol.CREATE_IN.unpack_from(request.body)
@@ -108,25 +157,5 @@ class Dispatcher:
         return protocol.create_out(info, entry, self._take_backing(info.fh))
 
 
-async def _fallocate(fallocate: Any, request: Request) -> bytes:
-    fh, offset, length, mode = protocol.FALLOCATE_IN.unpack_from(request.body)
-    await fallocate(fh, mode, offset, length)
-    return b""
-
-
 async def _lseek(lseek: Any, request: Request) -> bytes:
     return protocol.LSEEK_OUT.pack(await lseek(*protocol.LSEEK_IN.unpack_from(request.body)))
-
-
-async def _copy(copy: Any, request: Request, limit: int) -> int:
-    fields = protocol.COPY_FILE_RANGE_IN.unpack_from(request.body)
-    fh_in, offset_in, _, fh_out, offset_out, length, flags = fields
-    return int(await copy(fh_in, offset_in, fh_out, offset_out, min(length, limit), flags))
-
-
-async def _copy_file_range(copy: Any, request: Request) -> bytes:
-    return protocol.WRITE_OUT.pack(await _copy(copy, request, _MAX_COPY))
-
-
-async def _copy_file_range_64(copy: Any, request: Request) -> bytes:
-    return protocol.COPY_FILE_RANGE_OUT.pack(await _copy(copy, request, 2**63 - 1))
