@@ -71,6 +71,10 @@ class Flat(pyfuse3.Operations):
         self.path[st.st_ino] = path
         return self.attributes(st)
 
+    def kill_privileges(self, inode):
+        st = os.stat(self.at(inode))
+        os.chmod(self.at(inode), stat.S_IMODE(st.st_mode) & ~(stat.S_ISUID | stat.S_ISGID))
+
     async def setattr(self, inode, attr, fields, fh, ctx):
         if fields.update_size:
             os.truncate(self.at(inode), attr.st_size)
@@ -88,7 +92,12 @@ class Flat(pyfuse3.Operations):
 
     async def open(self, inode, flags, ctx):
         fd = os.open(self.at(inode), os.O_RDWR | flags & os.O_TRUNC)
-        return self.opened(fd, bool(flags & os.O_DIRECT))
+        told = channel and channel.negotiated and channel.negotiated.kill_privileges
+        if flags & os.O_TRUNC and ctx.uid and not told:
+            self.kill_privileges(inode)
+        privileged = os.fstat(fd).st_mode & (stat.S_ISUID | stat.S_ISGID)
+        writes = flags & os.O_ACCMODE != os.O_RDONLY
+        return self.opened(fd, direct=bool(writes and privileged))
 
     async def create(self, parent, name, mode, flags, ctx):
         path = os.path.join(source, os.fsdecode(name))
@@ -117,6 +126,8 @@ class Flat(pyfuse3.Operations):
         pass
 
     async def fallocate(self, fh, mode, offset, length):
+        if offset == options.get("bug_at"):
+            raise ValueError("a bug in a handler")
         if libc.fallocate(fh, mode, ctypes.c_long(offset), ctypes.c_long(length)):
             raise pyfuse3.FUSEError(ctypes.get_errno())
 
@@ -155,8 +166,6 @@ class Flat(pyfuse3.Operations):
         assert fh == pyfuse3.ROOT_INODE or channel is None, fh
 
     async def getxattr(self, inode, name, ctx):
-        if name == b"user.raise":
-            raise ValueError("a bug in a handler")
         raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
 
     async def statfs(self, ctx):
@@ -170,7 +179,7 @@ class Flat(pyfuse3.Operations):
 
 async def main() -> None:
     operations = Flat()
-    if channel:
+    if channel and options.get("want", True):
         channel.want(Wanted(**options.get("wanted", {"passthrough": False})))
     pyfuse3.init(operations, sys.argv[3], {"default_permissions", "allow_other", "fsname=flat"})
     try:
@@ -185,7 +194,7 @@ async def main() -> None:
 
 
 async def settled() -> None:
-    while channel and not channel.negotiated:
+    while channel and options.get("want", True) and not channel.negotiated:
         await trio.sleep(0.01)
     n = channel and channel.negotiated
     say(negotiated=n and vars(n))
