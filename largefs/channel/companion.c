@@ -112,15 +112,15 @@ struct fuse_session *fuse_session_new_versioned(struct fuse_args *args,
 	return se;
 }
 
-/* The backing id to go with the reply that carries fh; 0 for none. Used once. */
-static int32_t take_backing(uint64_t fh)
+/* The backing id to go with this reply, 0 for none. Used once, and not by OPENDIR (no unique). */
+static int32_t take_backing(const struct fuse_file_info *fi)
 {
 	PyObject *key, *value;
 	int32_t id = 0;
 
-	if (!session.backing || !PyDict_GET_SIZE(session.backing))
+	if (!fi->lock_owner || !PyDict_GET_SIZE(session.backing))
 		return 0;
-	key = PyLong_FromUnsignedLongLong(fh);
+	key = PyLong_FromUnsignedLongLong(fi->fh);
 	value = key ? PyDict_GetItemWithError(session.backing, key) : NULL;
 	if (value) {
 		id = (int32_t)PyLong_AsLong(value);
@@ -160,7 +160,7 @@ static int reply_passthrough(fuse_req_t req, const struct fuse_file_info *fi,
 
 int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)
 {
-	int32_t id = take_backing(fi->fh);
+	int32_t id = take_backing(fi);
 
 	return id > 0 ? reply_passthrough(req, fi, NULL, id) : libfuse.reply_open(req, fi);
 }
@@ -172,7 +172,7 @@ int fuse_reply_create(fuse_req_t req, const struct fuse_entry_param *e,
 		struct fuse_entry_out entry;
 		char dirent[256];
 	} plus = {};
-	int32_t id = take_backing(fi->fh);
+	int32_t id = take_backing(fi);
 
 	if (id <= 0)
 		return libfuse.reply_create(req, e, fi);
