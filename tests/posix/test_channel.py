@@ -374,7 +374,7 @@ def test_10_000_opens_leak_nothing(mounted: Callable[..., Mount]) -> None:
     deadline = time.monotonic() + 10
     while len(os.listdir(fds)) > before and time.monotonic() < deadline:
         time.sleep(0.05)  # RELEASE is asynchronous
-    assert len(os.listdir(fds)) == before
+    assert len(os.listdir(fds)) <= before
     grown = int(Path(f"/proc/{mount.daemon.pid}/statm").read_text().split()[1]) - resident
     assert grown * mmap.PAGESIZE < 2 * MIB
 
