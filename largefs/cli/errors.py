@@ -1,0 +1,39 @@
+"""How commands fail: one line on stderr that says what to do, and an exit code."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+from largefs.store import StoreError
+
+FAILED = 1
+"""Exit code of a command that could not do what it was asked, unless its help says otherwise."""
+
+
+def die(message: str, code: int = FAILED) -> NoReturn:
+    """Print one line and end."""
+    print(f"largefs: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def explained(code: int = FAILED) -> Iterator[None]:
+    """Turn what can be wrong with a store, a file or a disk into one line and an exit code."""
+    try:
+        yield
+    except StoreError as e:
+        die(str(e), code)
+    except OSError as e:
+        if e.filename is None:
+            die(e.strerror or str(e), code)
+        name = os.fsdecode(e.filename) if isinstance(e.filename, bytes) else e.filename
+        die(f"{name}: {e.strerror}", code)
+    except KeyboardInterrupt:
+        die("interrupted", 130)
+
+
+def show(path: bytes) -> str:
+    """A path for people: what is not text in it is escaped."""
+    return path.decode(errors="backslashreplace")

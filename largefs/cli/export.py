@@ -1,0 +1,51 @@
+"""largefs export: write what a store holds as a directory tree."""
+
+import errno
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from largefs.cli.errors import die, explained, show
+from largefs.cli.progress import line, size
+from largefs.store import Store
+from largefs.transfer.exporter import Exporter
+
+
+@click.command("export")
+@click.argument("source", metavar="STORE[:PATH]")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+def command(source: str, directory: Path) -> None:
+    """Export PATH of STORE, or all of it, into DIR, which must be empty or missing.
+
+    Programs get back the bytes they had before the import aligned them. The store must not be
+    mounted.
+
+    Exit code: 0 all exported; 1 something could not be written, or the export ended early.
+    """
+    store, path = _split(source)
+    with explained(), Store.open(store.absolute(), "export") as opened, line() as moving:
+        exporter = Exporter(
+            opened, lambda t: moving(lambda: f"{t.entries} names, {size(t.copied)}")
+        )
+        try:
+            tally = exporter.run(os.fsencode(path), os.fsencode(directory))
+        except OSError as e:
+            if e.errno == errno.ENOTEMPTY:
+                die(f"{directory}: not empty; name a directory that is empty or missing")
+            if e.errno == errno.ENOENT and e.filename is None:
+                die(f"{store}: holds no {path}")
+            raise
+    for name, reason in tally.failed:
+        print(f"largefs: {show(name)}: {reason}", file=sys.stderr)
+    print(f"{tally.entries} names, {size(tally.copied)} exported")
+    sys.exit(1 if tally.failed else 0)
+
+
+def _split(source: str) -> tuple[Path, str]:
+    """STORE or STORE:PATH; a colon belongs to the store's name if such a store exists."""
+    store, colon, path = source.rpartition(":")
+    if not colon or (Path(source) / "meta.db").exists():
+        return Path(source), "/"
+    return Path(store), path or "/"

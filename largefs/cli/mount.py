@@ -1,0 +1,137 @@
+"""largefs mount: mount a store; the command that also serves mount(8) as mount.largefs."""
+
+import logging
+import logging.handlers
+import os
+import socket
+import sys
+from pathlib import Path
+
+import click
+
+from largefs.cli.errors import die
+from largefs.store import Store, StoreError
+
+USAGE, SYSTEM, FAILURE = 1, 2, 32
+"""Exit codes of mount(8): bad arguments or permissions; system error; mount failure."""
+
+
+@click.command("mount")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground; log to stderr.")
+@click.option("-o", "options", multiple=True, metavar="OPTIONS", help="Mount options, by commas.")
+@click.option("-s", "--sloppy", is_flag=True, help="Pass over unknown mount options.")
+@click.option("-v", "--verbose", is_flag=True, help="Say which route to 2 MiB pages was taken.")
+def command(
+    store: Path,
+    mountpoint: Path,
+    foreground: bool,
+    options: tuple[str, ...],
+    sloppy: bool,
+    verbose: bool,
+) -> None:
+    """Mount STORE at MOUNTPOINT; returns when the mount is usable.
+
+    Exit code, as mount(8): 0 mounted; 1 bad arguments; 2 system error; 32 the mount failed.
+    """
+    from largefs.filesystem.options import OptionError, parse
+
+    try:
+        parsed = parse(",".join(options), sloppy=sloppy)
+    except OptionError as e:
+        die(str(e), USAGE)
+    report = sys.stderr.fileno()
+    if not foreground:
+        report = _into_background(verbose=verbose)
+    _log_to(parsed.log, foreground=foreground)
+    _serve(store.absolute(), mountpoint.absolute(), parsed, report, foreground=foreground)
+
+
+def _serve(
+    store: Path, mountpoint: Path, options: object, report: int, *, foreground: bool
+) -> None:
+    """Open, mount, serve, close; the first thing written to `report` tells how it went."""
+    from largefs.filesystem.daemon import Mount, MountError, check_mountpoint
+    from largefs.filesystem.options import Options
+
+    assert isinstance(options, Options)
+
+    def ready(said: str) -> None:
+        if foreground:
+            print(f"largefs: mounted at {mountpoint}: {said}", file=sys.stderr)
+            _notify_systemd(f"READY=1\nSTATUS={said}")
+        else:
+            os.write(report, b"+" + said.encode())
+            os.close(report)
+            _detach_output()
+
+    try:
+        check_mountpoint(mountpoint)
+        with Store.open(store, f"mounted at {mountpoint}") as opened:
+            Mount(opened, mountpoint, options).run(ready)
+    except (MountError, StoreError, OSError) as e:
+        message = str(e) if not isinstance(e, OSError) else f"{store}: {e}"
+        if foreground:
+            die(message, FAILURE)
+        try:
+            os.write(report, b"-" + message.encode())
+        except OSError:  # the mount had been reported; this is its end
+            logging.getLogger(__name__).error("%s", message)
+        sys.exit(FAILURE)
+
+
+def _into_background(*, verbose: bool) -> int:
+    """Fork; the child goes on with a pipe to report on, the parent waits for it and ends."""
+    reading, writing = os.pipe()
+    if os.fork():
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            said = pipe.read()
+        if said[:1] == b"+":
+            text = said[1:].decode()
+            if verbose or text.startswith("text in 4 KiB pages"):
+                print(f"largefs: {text}", file=sys.stderr)
+            os._exit(0)
+        if said[:1] == b"-":
+            die(said[1:].decode(), FAILURE)
+        die("the daemon ended before the mount was usable; try again with -f to see why", SYSTEM)
+    os.close(reading)
+    os.setsid()
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.close(null)
+    return writing
+
+
+def _detach_output() -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    os.close(null)
+
+
+def _log_to(file: Path | None, *, foreground: bool) -> None:
+    """Messages go to a file if one is named, to stderr in the foreground, else to the system log."""
+    handler: logging.Handler
+    if file is not None:
+        handler = logging.FileHandler(file)
+    elif not foreground and Path("/dev/log").exists():
+        handler = logging.handlers.SysLogHandler("/dev/log", "daemon")
+    else:
+        handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("largefs[%(process)d]: %(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
+
+
+def _notify_systemd(state: str) -> None:
+    """Tell systemd that the unit is up, by sd_notify(3)'s protocol."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+        s.connect(address)
+        s.sendall(state.encode())

@@ -1,0 +1,267 @@
+"""largefs report: how much executable text is on 2 MiB pages, and why the rest is not."""
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import click
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from largefs.cli.output import show
+from largefs.hugetext import coverage, mappings
+from largefs.hugetext.coverage import Process, Report, Text
+from largefs.hugetext.mappings import Mapping
+
+JSON_SCHEMA = "largefs-report-1"
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which processes and which of their mappings a report is about."""
+
+    kind: str  # all, pid, program or mountpoint
+    target: str
+    pids: Callable[[], Iterable[int]]
+    wanted: Callable[[Mapping], bool] = lambda mapping: True
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("target", required=False, metavar="[PID | PROGRAM | MOUNTPOINT]")
+@click.option("--json", "as_json", is_flag=True, help="Write JSON (docs/routes.md has its fields).")
+@click.option("--watch", is_flag=True, help="Repeat every --interval seconds until interrupted.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.1),
+    default=2.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Time between two reports of --watch.",
+)
+def command(target: str | None, as_json: bool, watch: bool, interval: float) -> None:
+    """Show how much executable text is on 2 MiB pages, and why the rest is not.
+
+    PID shows one process, mapping by mapping. PROGRAM, a name or the path of an executable, shows
+    its processes. MOUNTPOINT shows the programs that have mapped files of the filesystem mounted
+    there. Without any of these, all programs of the machine are shown. Other users' processes can
+    be read by root only.
+
+    Exit status: 0 if something was found, 1 if nothing was, 2 for a wrong argument.
+    """
+    selection = select(target)
+    if not watch:
+        report = collect(selection)
+        if as_json:
+            click.echo(json.dumps(to_json(selection, report), indent=2))
+        else:
+            show(render(selection, report))
+        sys.exit(0 if report.processes else 1)
+    with suppress(KeyboardInterrupt):
+        if as_json:
+            while True:
+                click.echo(json.dumps(to_json(selection, collect(selection))))
+                time.sleep(interval)
+        with Live(screen=sys.stdout.isatty(), auto_refresh=False) as live:
+            while True:
+                live.update(render(selection, collect(selection)), refresh=True)
+                time.sleep(interval)
+
+
+def select(target: str | None) -> Selection:
+    """Decide what TARGET means. Raises click.ClickException."""
+    if target is None:
+        return Selection("all", "", coverage.pids)
+    if target.isdecimal():
+        if not os.path.isdir(f"/proc/{target}"):
+            raise click.UsageError(f"no process has the PID {target}")
+        return Selection("pid", target, lambda: [int(target)])
+    # mountinfo is asked, not the filesystem: a mount whose daemon has died answers nothing else.
+    place = os.path.abspath(target)
+    for mount in reversed(mappings.mounts()):
+        if mount.mountpoint in (place, os.path.realpath(place)):
+            return Selection("mountpoint", place, coverage.pids, _on_device(mount.device))
+    if os.path.isdir(target):
+        raise click.UsageError(
+            f"nothing is mounted on {target}: name a mountpoint, a program or a PID"
+        )
+    if "/" in target:
+        if not os.path.exists(target):
+            raise click.UsageError(f"{target}: no such file")
+        path = os.path.realpath(target)
+        return Selection("program", path, lambda: _running(lambda program: program == path))
+    return Selection(
+        "program", target, lambda: _running(lambda program: os.path.basename(program) == target)
+    )
+
+
+def _on_device(device: int) -> Callable[[Mapping], bool]:
+    return lambda mapping: mapping.device == device
+
+
+def _running(matches: Callable[[str], bool]) -> list[int]:
+    return [pid for pid in coverage.pids() if matches(coverage.program_of(pid))]
+
+
+def collect(selection: Selection) -> Report:
+    """Read the selected processes, but never ourselves unless asked by PID."""
+    pids = [pid for pid in selection.pids() if selection.kind == "pid" or pid != os.getpid()]
+    return coverage.collect(pids, selection.wanted)
+
+
+def by_program(processes: Iterable[Process]) -> dict[str, list[Process]]:
+    """Processes by the path of their executable, those with most eligible text first."""
+    groups: dict[str, list[Process]] = {}
+    for process in processes:
+        groups.setdefault(process.program, []).append(process)
+    return dict(sorted(groups.items(), key=lambda item: -_sum(item[1]).eligible))
+
+
+def _sum(processes: Iterable[Process]) -> Text:
+    return coverage.total(process.text for process in processes)
+
+
+def render(selection: Selection, report: Report) -> RenderableType:
+    """The report for people."""
+    if not report.processes:
+        return Group(_nothing(selection), *_footnotes(report))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    if selection.kind == "pid":
+        process = report.processes[0]
+        _columns(table, "MAPPING")
+        shown = [mapped for mapped in process.mapped if mapped.text.eligible] or process.mapped
+        for mapped in shown:
+            _row(table, mapped.text, f"{mapped.mapping.start:x} {mapped.mapping.path}")
+        if hidden := len(process.mapped) - len(shown):
+            table.add_row(*[""] * 5, f"(and {hidden} without eligible text)", style="dim")
+    elif selection.kind == "program":
+        _columns(table, "PROCESS")
+        for process in report.processes:
+            _row(table, process.text, f"{process.pid} {process.program}")
+    else:
+        _columns(table, "PROGRAM", "PROCESSES")
+        for program, processes in by_program(report.processes).items():
+            text = _sum(processes)
+            if text.eligible:
+                _row(table, text, program, str(len(processes)))
+        others = sum(not process.text.eligible for process in report.processes)
+        if others:
+            row = [str(others), *[""] * 5, "(without eligible text)"]
+            table.add_row(*row, style="dim")
+    total = _sum(report.processes)
+    count = [str(len(report.processes))] if len(table.columns) == 7 else []
+    _row(table, total, "total", *count, style="bold")
+    return Group(table, *_reasons(total), *_footnotes(report))
+
+
+def _columns(table: Table, last: str, *first: str) -> None:
+    for name in (*first, "TEXT", "ELIGIBLE", "TOUCHED", "ON 2 MiB", "COVERAGE"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(last, overflow="fold")
+
+
+def _row(table: Table, text: Text, name: str, *first: str, style: str | None = None) -> None:
+    sizes = (text.length, text.eligible, text.touched, text.pmd_mapped)
+    part = "-" if text.coverage is None else f"{text.coverage:.3f}"
+    table.add_row(*first, *map(_mib, sizes), part, _plain(name), style=style)
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.1f} MiB"
+
+
+def _plain(name: str) -> str:
+    """A file name as rich can print it: names may hold any bytes, and rich takes [words] for
+    markup.
+    """
+    return escape(name.encode(errors="backslashreplace").decode())
+
+
+def _nothing(selection: Selection) -> str:
+    return {
+        "all": "no executable mapping could be read",
+        "pid": f"process {selection.target} maps no executable file, or may not be read",
+        "program": f"no running process of {_plain(selection.target)} was found",
+        "mountpoint": f"no process has mapped a program or library of {_plain(selection.target)}",
+    }[selection.kind]
+
+
+def _reasons(total: Text) -> list[RenderableType]:
+    if not total.why:
+        return []
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("NOT ON 2 MiB", justify="right", no_wrap=True)
+    table.add_column("WHY")
+    table.add_column("WHAT TO DO")
+    for reason, size in sorted(total.why.items(), key=lambda item: -item[1]):
+        table.add_row(_mib(size), reason.meaning, reason.remedy)
+    untouched = total.eligible - total.touched
+    if untouched:
+        table.add_row(_mib(untouched), "eligible, but not touched yet", "nothing")
+    return ["", table]
+
+
+def _footnotes(report: Report) -> list[RenderableType]:
+    if not report.skipped:
+        return []
+    count = len(report.skipped)
+    what = "1 process" if count == 1 else f"{count} processes"
+    advice = "protected even from root" if os.geteuid() == 0 else "other users': run as root"
+    return ["", f"{what} could not be read ({advice})"]
+
+
+def to_json(selection: Selection, report: Report) -> dict[str, Any]:
+    """The report for programs; docs/routes.md documents it."""
+    return {
+        "schema": JSON_SCHEMA,
+        "unit": "bytes",
+        "kernel": platform.release(),
+        "selection": {"kind": selection.kind, "target": selection.target},
+        "total": _text_json(_sum(report.processes)),
+        "programs": [
+            {
+                "program": program,
+                "processes": [process.pid for process in processes],
+                **_text_json(_sum(processes)),
+            }
+            for program, processes in by_program(report.processes).items()
+        ],
+        "processes": [
+            {
+                "pid": process.pid,
+                "program": process.program,
+                **_text_json(process.text),
+                "mappings": [
+                    {
+                        "start": f"{mapped.mapping.start:x}",
+                        "end": f"{mapped.mapping.end:x}",
+                        "offset": mapped.mapping.offset,
+                        "path": mapped.mapping.path,
+                        "deleted": mapped.mapping.deleted,
+                        **_text_json(mapped.text),
+                    }
+                    for mapped in process.mapped
+                ],
+            }
+            for process in report.processes
+        ],
+        "skipped": [{"pid": skipped.pid, "reason": skipped.reason} for skipped in report.skipped],
+    }
+
+
+def _text_json(text: Text) -> dict[str, Any]:
+    return {
+        "text": text.length,
+        "eligible": text.eligible,
+        "touched": text.touched,
+        "pmd_mapped": text.pmd_mapped,
+        "coverage": text.coverage,
+        "why": {reason.label: size for reason, size in text.why.items()},
+    }

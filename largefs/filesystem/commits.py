@@ -1,0 +1,65 @@
+"""When the store's changes become durable: on fsync, and every few seconds by themselves."""
+
+import errno
+import logging
+from functools import partial
+
+import trio
+
+from largefs.store import ReadOnlyError, Store, StoreError, owner
+from largefs.store.store import fail
+
+log = logging.getLogger(__name__)
+
+
+class Commits:
+    """Commits of a mounted store: the slow part in a thread, one at a time, never half."""
+
+    def __init__(self, store: Store, interval: float) -> None:
+        self._store = store
+        self._interval = interval
+        self._lock = trio.Lock()
+
+    async def commit(self) -> None:
+        """Make every change made before this call durable; raises OSError (EROFS, ENOSPC, EIO)."""
+        async with self._lock:
+            if not self._store.uncommitted:
+                return
+            flushed = self._store.to_flush()
+            if flushed:
+                await trio.to_thread.run_sync(self._store.backing.flush, flushed)
+            try:
+                dropped = self._store.finish_commit(flushed)
+            except ReadOnlyError as e:
+                log.critical("%s", e)
+                raise fail(errno.EROFS) from None
+            except StoreError as e:
+                log.error("%s", e)
+                raise fail(errno.ENOSPC if "full" in str(e) else errno.EIO) from None
+        if dropped:
+            await trio.to_thread.run_sync(partial(self._remove, dropped))
+
+    def _remove(self, inodes: list[int]) -> None:
+        for inode in inodes:
+            try:
+                self._store.backing.remove(inode)
+            except OSError as e:
+                log.error("cannot remove the backing file of inode %d: %s", inode, e)
+
+    async def run(self) -> None:
+        """Commit at every interval, for ever; a failure is logged and tried again."""
+        while True:
+            await trio.sleep(self._interval)
+            try:
+                await self.commit()
+            except OSError as e:
+                log.error("commit failed: %s", e)
+
+    async def heartbeat(self) -> None:
+        """Show other hosts that the store is held, for ever."""
+        while True:
+            await trio.sleep(owner.HEARTBEAT)
+            try:
+                owner.refresh(self._store.path)
+            except OSError as e:
+                log.error("cannot refresh the owner file: %s", e)

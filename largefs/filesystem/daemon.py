@@ -1,0 +1,203 @@
+"""One mount, from its start to its end.
+
+The order at the end is that of durability: the kernel lets go of the mount, what is open for writing is
+settled, everything is committed, the store is marked clean and released.
+"""
+
+import errno
+import functools
+import logging
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from largefs.channel import Wanted
+from largefs.filesystem import CHANNEL, NO_CHANNEL_REASON
+from largefs.filesystem.commits import Commits
+from largefs.filesystem.files import Files
+from largefs.filesystem.hints import Hints
+from largefs.filesystem.operations import Filesystem
+from largefs.filesystem.options import Options
+from largefs.filesystem.verify import Verify
+from largefs.filesystem.warmup import Warmup, When
+from largefs.hugetext import routes, text
+from largefs.hugetext.routes import Route
+from largefs.store import Store
+
+log = logging.getLogger(__name__)
+
+MAX_REQUEST = 4 * 1024 * 1024
+"""Bytes of data in one request, where fs.fuse.max_pages_limit allows as much."""
+
+IDLE_READERS = 8
+"""Tasks of pyfuse3 that stay when they have nothing to do; starting one costs as much as a request."""
+
+CHECKSUM_TASKS = 2
+
+
+class MountError(Exception):
+    """Why there is no mount, as one line that says what to do."""
+
+
+def check_mountpoint(mountpoint: Path) -> None:
+    """Raise MountError unless something can be mounted there."""
+    try:
+        is_directory = mountpoint.is_dir()
+        exists = mountpoint.exists()
+    except OSError as e:
+        if e.errno == errno.ENOTCONN:
+            raise MountError(
+                f"{mountpoint}: a dead mount, its daemon is gone; first: umount {mountpoint}"
+            ) from None
+        raise MountError(f"{mountpoint}: {e.strerror}") from e
+    if not exists:
+        raise MountError(f"{mountpoint}: no such directory; make it first: mkdir {mountpoint}")
+    if not is_directory:
+        raise MountError(f"{mountpoint}: not a directory; name one to mount on")
+    if mountpoint.is_mount():
+        raise MountError(f"{mountpoint}: something is mounted here; first: umount {mountpoint}")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise MountError(
+            "/dev/fuse: missing or not accessible; load the fuse module (modprobe fuse), "
+            "in a container give it the device (--device /dev/fuse --cap-add SYS_ADMIN)"
+        )
+
+
+class Mount:
+    """A mounted store."""
+
+    def __init__(self, store: Store, mountpoint: Path, options: Options) -> None:
+        self._store = store
+        self._mountpoint = mountpoint
+        self._options = options
+        self._commits = Commits(store, options.commit)
+        self._files = Files(store, self._commits, CHANNEL, _has_eligible_text)
+        self._warmup = Warmup(store, When.OFF)
+        self._route = Route.NONE
+        self._operations = Filesystem(
+            store,
+            self._files,
+            self._commits,
+            Hints(store, lambda: self._route),
+            self._warmup,
+            Verify(store, enabled=options.verify),
+            opendir_needed=CHANNEL is None,
+            on_ready=lambda: None,
+        )
+
+    def run(self, on_ready: Callable[[str], None]) -> None:
+        """Mount and serve until it is unmounted or SIGTERM, SIGINT comes.
+
+        `on_ready` gets one line about the route as soon as the mount is usable. Raises MountError.
+        """
+        _raise_file_limit()
+        probe = routes.probe(self._store.path)
+        if CHANNEL is not None:
+            CHANNEL.want(self._wanted(probe))
+        try:
+            pyfuse3.init(self._operations, str(self._mountpoint), self._fuse_options())
+        except RuntimeError as e:
+            raise MountError(
+                f"{self._mountpoint}: the mount was refused; {_who_may_mount()}"
+            ) from e
+        try:
+            trio.run(functools.partial(self._serve, probe, on_ready))
+        finally:
+            self._end()
+
+    def _wanted(self, probe: routes.Probe) -> Wanted:
+        route = self._options.route
+        return Wanted(
+            max_write=MAX_REQUEST,
+            passthrough=route in (None, Route.PASSTHROUGH) and routes.has_cap_sys_admin(),
+            max_stack_depth=probe.stack_depth,
+            large_folios=route in (None, Route.FOLIO),
+        )
+
+    def _fuse_options(self) -> set[str]:
+        options = {"default_permissions", f"fsname={self._store.path}", "subtype=largefs"}
+        if self._options.allow_other:
+            options.add("allow_other")
+        return options | self._options.kernel
+
+    async def _serve(self, probe: routes.Probe, on_ready: Callable[[str], None]) -> None:
+        async with trio.open_nursery() as nursery:
+            for task in (
+                self._commits.run,
+                self._commits.heartbeat,
+                self._files.run_watch,
+                self._warmup.run_background,
+                *[self._files.run_checksums] * CHECKSUM_TASKS,
+            ):
+                nursery.start_soon(_never_fails, task)
+            if CHANNEL is not None:
+                nursery.start_soon(_never_fails, CHANNEL.serve, self._operations)
+            nursery.start_soon(self._wait_for_signal)
+            nursery.start_soon(self._get_ready, probe, on_ready)
+            for inode in self._store.unsettled:
+                self._files.sum_later(inode)
+            self._store.unsettled = []
+            await pyfuse3.main(min_tasks=IDLE_READERS)
+            self._warmup.stop()
+            nursery.cancel_scope.cancel()
+
+    async def _get_ready(self, probe: routes.Probe, on_ready: Callable[[str], None]) -> None:
+        """Use the mount once: then INIT is answered, and it is known which route is open."""
+        await trio.to_thread.run_sync(os.stat, self._mountpoint, abandon_on_cancel=True)
+        said = self._choose_route(probe)
+        log.info("%s: mounted at %s; %s", self._store.path, self._mountpoint, said)
+        on_ready(said)
+
+    def _choose_route(self, probe: routes.Probe) -> str:
+        """Take the first route that works, and say in one line what that means."""
+        usable = {offer.route for offer in probe.offers if offer.usable}
+        if not self._files.passthrough:
+            usable.discard(Route.PASSTHROUGH)
+        wanted = self._options.route or next((r for r in Route if r in usable), Route.NONE)
+        self._route = wanted if wanted in usable else Route.NONE
+        if self._route is Route.PASSTHROUGH:
+            self._warmup.when = self._options.hugetext
+        if self._route is Route.NONE:
+            why = NO_CHANNEL_REASON or probe.offers[0].reason
+            return f"text in 4 KiB pages: {why} (largefs doctor {self._store.path} says more)"
+        return f"2 MiB pages by the route {self._route.value}"
+
+    async def _wait_for_signal(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                log.info("%s: ends on %s", self._mountpoint, signal.Signals(number).name)
+                pyfuse3.terminate()
+                return
+
+    def _end(self) -> None:
+        pyfuse3.close(unmount=True)
+        self._files.finish()
+
+
+async def _never_fails(task: Callable[..., object], *args: object) -> None:
+    """Run a background task; if it ends by an exception, that must not end the mount."""
+    try:
+        await task(*args)  # type: ignore[misc]
+    except Exception:
+        log.exception("a background task ended: %r", task)
+
+
+def _has_eligible_text(fd: int) -> bool:
+    return bool(text.of_file(fd).ranges)
+
+
+def _raise_file_limit() -> None:
+    """Every open inode takes a descriptor or two: as many as the system lets us have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _who_may_mount() -> str:
+    if os.geteuid() == 0:
+        return "see the message above, and dmesg"
+    return "as an ordinary user: install fuse3 for fusermount3, and own the mountpoint"

@@ -1,0 +1,60 @@
+"""What programs can ask of a file: the virtual, read-only xattrs user.largefs.*.
+
+extent_size         bytes of an extent, decimal
+text_ranges         OFFSET:LENGTH of each range of eligible text, in bytes, separated by spaces
+route               how this mount gets 2 MiB pages: passthrough, folio, collapse or none
+coverage_possible   eligible text divided by all text of the file, 0.00 to 1.00
+checksum            xxh3-128 of each extent that holds data, NUMBER:HEX, separated by spaces
+"""
+
+import errno
+import os
+from collections.abc import Callable
+
+import trio
+
+from largefs.hugetext import text
+from largefs.hugetext.routes import Route
+from largefs.store import EXTENT_SIZE, Inode, Store
+from largefs.store.store import fail
+
+PREFIX = b"user.largefs."
+
+
+class Hints:
+    """The virtual xattrs of a mount."""
+
+    def __init__(self, store: Store, route: Callable[[], Route]) -> None:
+        self._store = store
+        self._route = route
+
+    async def value(self, row: Inode, name: bytes) -> bytes:
+        """The value of user.largefs.NAME for a regular file; ENODATA for others and other names."""
+        kind = name.removeprefix(PREFIX)
+        if kind == b"route":
+            return self._route().value.encode()
+        if not row.blocks and not row.size:
+            raise fail(errno.ENODATA)
+        if kind == b"extent_size":
+            return str(EXTENT_SIZE).encode()
+        if kind == b"checksum":
+            return self._checksum(row)
+        if kind in (b"text_ranges", b"coverage_possible"):
+            found = await trio.to_thread.run_sync(self._text, row.id)
+            if kind == b"coverage_possible":
+                return b"%.2f" % (found.eligible / found.size if found.size else 0.0)
+            return " ".join(f"{r.offset}:{r.length}" for r in found.ranges).encode()
+        raise fail(errno.ENODATA)
+
+    def _checksum(self, row: Inode) -> bytes:
+        if row.writing:
+            raise fail(errno.ENODATA)
+        sums = self._store.checksums(row.id)
+        return " ".join(f"{n}:{c.hex()}" for n, c in sorted(sums.items())).encode()
+
+    def _text(self, inode: int) -> text.Text:
+        fd = self._store.backing.open(inode, os.O_RDONLY)
+        try:
+            return text.of_file(fd)
+        finally:
+            os.close(fd)

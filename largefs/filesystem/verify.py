@@ -1,0 +1,32 @@
+"""-o verify: a file's checksums are checked before its first open is answered."""
+
+import errno
+import logging
+
+import trio
+
+from largefs.store import Inode, Store
+from largefs.store.store import fail
+
+log = logging.getLogger(__name__)
+
+
+class Verify:
+    """Which files were found to hold what was recorded, in this mount."""
+
+    def __init__(self, store: Store, *, enabled: bool) -> None:
+        self._store = store
+        self._enabled = enabled
+        self._good: set[tuple[int, int]] = set()  # (inode, mtime)
+
+    async def on_open(self, row: Inode) -> None:
+        """Raise EIO if the file's extents are not what was recorded when it was last written."""
+        if not self._enabled or row.writing or (row.id, row.mtime_ns) in self._good:
+            return
+        expected = self._store.checksums(row.id)
+        found = await trio.to_thread.run_sync(self._store.content, row.id)
+        if found.size != row.size or dict(found.checksums) != expected:
+            bad = sorted(n for n, c in expected.items() if dict(found.checksums).get(n) != c)
+            log.error("inode %d: damaged: size %d, extents %s", row.id, found.size, bad)
+            raise fail(errno.EIO)
+        self._good.add((row.id, row.mtime_ns))

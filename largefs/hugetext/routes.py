@@ -1,0 +1,379 @@
+"""Routes: which ways to a 2 MiB page the running kernel offers to a store, found by trying them.
+
+probe() makes a 4 MiB file in the store's directory, warms it, looks at its folios, opens a FUSE
+connection of its own in a private mount namespace, and hands it that file as a backing file.
+Nothing of it remains. docs/routes.md tells users the rules.
+"""
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import platform
+import re
+import struct
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from largefs.hugetext import mappings, warm
+from largefs.hugetext.mappings import PMD
+
+THP = Path("/sys/kernel/mm/transparent_hugepage")
+
+# FUSE INIT flags, include/uapi/linux/fuse.h; the last is that of kernel-patch/, from the top of the
+# free range.
+FUSE_INIT_EXT, FUSE_PASSTHROUGH, FUSE_LARGE_FOLIOS = 1 << 30, 1 << 37, 1 << 62
+
+_TRIAL_SIZE = 2 * PMD
+_CAP_SYS_ADMIN = 21
+
+
+class Route(Enum):
+    """A way to get a 2 MiB folio under a mapping, best first."""
+
+    PASSTHROUGH = "passthrough"
+    FOLIO = "folio"
+    COLLAPSE = "collapse"
+    NONE = "none"
+
+
+# The routes that this version of largefs can take; the others are probed and reported, never
+# chosen.
+IMPLEMENTED = frozenset({Route.PASSTHROUGH, Route.NONE})
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Whether a route is open, why, and what would open it."""
+
+    route: Route
+    works: bool  # the kernel and the store allow it
+    reason: str
+    remedy: str = ""  # empty if there is nothing to do
+
+    @property
+    def usable(self) -> bool:
+        """It works, and this version of largefs can take it."""
+        return self.works and self.route in IMPLEMENTED
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What probe() found."""
+
+    offers: tuple[Offer, ...]  # in the order of preference
+    offered: (
+        int | None
+    )  # FUSE INIT flags that the kernel offers, flags2 in the upper half; None if not known
+    stack_depth: (
+        int  # INIT's max_stack_depth that passthrough to this store needs: 1, or 2 on overlayfs
+    )
+
+    @property
+    def best(self) -> Offer:
+        """The first usable route; Route.NONE always is."""
+        return next(offer for offer in self.offers if offer.usable)
+
+
+def probe(store_dir: str | os.PathLike[str], offered: int | None = None) -> Probe:
+    """Try every route for a store in `store_dir`, which must be a writable directory; OSError if it
+    is not.
+
+    `offered`: the INIT flags of a connection that is already there; else they are asked for, which
+    takes CAP_SYS_ADMIN.
+    """
+    with _trial_file(store_dir) as fd:
+        warmed = _try_warm(fd)
+        fuse = _try_fuse(fd)
+        collapse_error = _try_collapse(fd)
+    fstype = filesystem_type(store_dir)
+    if offered is None:
+        offered = fuse.offered
+    return Probe(
+        offers=(
+            _passthrough(offered, warmed, fuse, fstype),
+            _folio(offered),
+            _collapse(collapse_error, fstype),
+            Offer(Route.NONE, True, "everything works, in 4 KiB pages"),
+        ),
+        offered=offered,
+        stack_depth=fuse.stack_depth,
+    )
+
+
+def kernel_version() -> tuple[int, int]:
+    """Major and minor version of the running kernel."""
+    major, minor = re.findall(r"\d+", platform.release())[:2]
+    return int(major), int(minor)
+
+
+def has_cap_sys_admin() -> bool:
+    """Whether this process has CAP_SYS_ADMIN in the initial user namespace, as passthrough asks
+    for.
+    """
+    effective = re.search(r"^CapEff:\s*([0-9a-f]+)$", _read("/proc/self/status"), re.MULTILINE)
+    whole = _read("/proc/self/uid_map").split() == ["0", "0", "4294967295"]
+    return whole and effective is not None and bool(int(effective[1], 16) >> _CAP_SYS_ADMIN & 1)
+
+
+def max_pages_limit() -> int | None:
+    """fs.fuse.max_pages_limit, in pages; None before Linux 6.13, where it is 256."""
+    text = _read("/proc/sys/fs/fuse/max_pages_limit")
+    return int(text) if text else None
+
+
+def filesystem_type(path: str | os.PathLike[str]) -> str:
+    """Type of the filesystem that holds `path`, as in mountinfo; '' if not found."""
+    inside = os.path.realpath(path)
+    found = ""
+    longest = -1
+    for mount in mappings.mounts():
+        root = mount.mountpoint.rstrip("/") + "/"
+        if (inside + "/").startswith(root) and len(root) >= longest:
+            found, longest = mount.fstype, len(root)
+    return found
+
+
+def _passthrough(offered: int | None, warmed: "_Warmed", fuse: "_Fuse", fstype: str) -> Offer:
+    def closed(reason: str, remedy: str) -> Offer:
+        return Offer(Route.PASSTHROUGH, False, reason, remedy)
+
+    if (offered is not None and not offered & FUSE_PASSTHROUGH) or kernel_version() < (6, 9):
+        return closed(
+            "this kernel's FUSE has no passthrough",
+            "run Linux 6.9 or later with CONFIG_FUSE_PASSTHROUGH",
+        )
+    if not has_cap_sys_admin():
+        return closed("no CAP_SYS_ADMIN in the initial user namespace", "mount as root")
+    if fuse.backing_error == errno.ELOOP:
+        return closed(
+            f"the store's filesystem ({fstype}) is stacked on others too deep for passthrough",
+            "put the store on ext4, xfs or tmpfs itself",
+        )
+    if fuse.backing_error:
+        return closed(f"trial of a backing file: {os.strerror(fuse.backing_error)}", "")
+    if not THP.exists():
+        return closed(
+            "this kernel has no transparent huge pages", "run one with CONFIG_TRANSPARENT_HUGEPAGE"
+        )
+    if warmed.error:
+        return closed(f"trial of a warm-up in the store: {os.strerror(warmed.error)}", "")
+    if "THP_enabled:\t0\n" in _read("/proc/self/status"):
+        return closed(
+            "2 MiB pages are switched off for this process (PR_SET_THP_DISABLE)",
+            "start it without that",
+        )
+    if not warmed.in_pmd:
+        return closed(
+            f"the store's filesystem ({fstype}) gave a trial file no 2 MiB folio",
+            "put the store on xfs, on ext4 (Linux 6.16 or later), or on tmpfs",
+        )
+    return Offer(Route.PASSTHROUGH, True, f"a trial file on {fstype} was mapped by 2 MiB pages")
+
+
+def _folio(offered: int | None) -> Offer:
+    if offered is None:
+        return Offer(
+            Route.FOLIO, False, "what the kernel's FUSE offers is not known", "ask as root"
+        )
+    if not offered & FUSE_LARGE_FOLIOS:
+        return Offer(
+            Route.FOLIO,
+            False,
+            "this kernel's FUSE does not offer large folios",
+            "run a kernel with the patches in kernel-patch/",
+        )
+    limit = max_pages_limit() or 256
+    if limit < PMD // mappings.PAGE:
+        return Offer(
+            Route.FOLIO,
+            False,
+            f"the kernel offers large folios, but requests end at {limit} pages",
+            f"sysctl fs.fuse.max_pages_limit={PMD // mappings.PAGE}",
+        )
+    return Offer(Route.FOLIO, True, "this kernel's FUSE offers large folios" + _unused(Route.FOLIO))
+
+
+def _collapse(error: int, fstype: str) -> Offer:
+    if kernel_version() >= (7, 2):
+        return Offer(
+            Route.COLLAPSE, False, "this kernel collapses no text of FUSE: 7.2 dropped the option"
+        )
+    if error:
+        return Offer(
+            Route.COLLAPSE,
+            False,
+            f"trial of MADV_COLLAPSE on a file: {os.strerror(error)}",
+            "run Linux 6.1 to 7.1 with CONFIG_READ_ONLY_THP_FOR_FS",
+        )
+    if fstype == "tmpfs":  # collapses on any kernel, and so tells nothing of other filesystems
+        return Offer(Route.COLLAPSE, False, "a store on tmpfs cannot be used to try MADV_COLLAPSE")
+    return Offer(Route.COLLAPSE, True, "MADV_COLLAPSE works on files" + _unused(Route.COLLAPSE))
+
+
+def _unused(route: Route) -> str:
+    return "" if route in IMPLEMENTED else ", which this version of largefs does not use yet"
+
+
+@contextmanager
+def _trial_file(directory: str | os.PathLike[str]) -> Iterator[int]:
+    """A descriptor, for reading only, of a file of incompressible data that has no name."""
+    with tempfile.TemporaryFile(dir=directory) as writer:
+        writer.write(os.urandom(_TRIAL_SIZE))
+        writer.flush()
+        reader = os.open(f"/proc/self/fd/{writer.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield reader
+    finally:
+        os.close(reader)
+
+
+@dataclass(frozen=True, slots=True)
+class _Warmed:
+    in_pmd: int = 0
+    error: int = 0
+
+
+def _try_warm(fd: int) -> _Warmed:
+    try:
+        return _Warmed(in_pmd=warm.warm_range(fd, 0, _TRIAL_SIZE).in_pmd)
+    except OSError as e:
+        return _Warmed(error=e.errno or errno.EIO)
+
+
+def _try_collapse(fd: int) -> int:
+    """Error number of MADV_COLLAPSE on an executable mapping of the file; 0 if it worked."""
+    protection = mmap.PROT_READ | mmap.PROT_EXEC
+    try:
+        with warm.mapped(fd, 0, PMD, protection) as start:
+            warm.madvise(start, PMD, warm.MADV_COLLAPSE)
+    except OSError as e:
+        return e.errno or errno.EIO
+    return 0
+
+
+@dataclass(slots=True)
+class _Fuse:
+    offered: int | None = None
+    backing_error: int = 0
+    stack_depth: int = 1
+
+
+def _try_fuse(fd: int) -> _Fuse:
+    """What FUSE offers, and whether it takes `fd` as a backing file; with no privilege, nothing is
+    known.
+    """
+    result = _Fuse()
+    if not has_cap_sys_admin():
+        return result
+    for depth in 1, 2:
+        result.stack_depth = depth
+        try:
+            result.offered = _in_own_namespace(fd, depth)
+            result.backing_error = 0
+        except _BackingRefusedError as e:
+            result.offered, result.backing_error = e.offered, e.number
+            if e.number == errno.ELOOP:
+                continue
+        except OSError as e:
+            result.backing_error = e.errno or errno.EIO
+        break
+    return result
+
+
+class _BackingRefusedError(Exception):
+    def __init__(self, offered: int, number: int) -> None:
+        self.offered, self.number = offered, number
+
+
+def _in_own_namespace(fd: int, depth: int) -> int:
+    """_connect() in a thread with a mount namespace of its own, which ends with it and takes the
+    mount along.
+    """
+    outcome: list[int | BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(_connect(fd, depth))
+        except (OSError, _BackingRefusedError) as e:
+            outcome.append(e)
+
+    thread = threading.Thread(target=run, name="largefs-probe")
+    thread.start()
+    thread.join()
+    if not outcome:
+        raise OSError(errno.EIO, "the trial of FUSE ended early")
+    result = outcome[0]
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+def _connect(fd: int, depth: int) -> int:
+    """Mount FUSE, answer INIT with passthrough, register `fd`; return the flags that were
+    offered.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    clone_newns, ms_private, ms_rec = 0x20000, 1 << 18, 1 << 14
+
+    def check(result: int) -> None:
+        if result:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        check(libc.unshare(clone_newns))
+        check(libc.mount(None, b"/", None, ctypes.c_ulong(ms_rec | ms_private), None))
+        options = f"fd={device},rootmode=40000,user_id=0,group_id=0".encode()
+        # Any directory will do: nobody else sees this mount, and nothing is looked up in it.
+        check(libc.mount(b"largefs-probe", b"/proc", b"fuse", ctypes.c_ulong(0), options))
+        request = os.read(device, 1 << 16)
+        unique, flags = (
+            struct.unpack_from("8xQ", request)[0],
+            struct.unpack_from("I", request, 52)[0],
+        )
+        flags2 = struct.unpack_from("I", request, 56)[0] if flags & FUSE_INIT_EXT else 0
+        offered = int(flags | flags2 << 32)
+        if not offered & FUSE_PASSTHROUGH:
+            return offered
+        # struct fuse_init_out: 7.40, flags, max_write, time_gran, max_pages, flags2,
+        # max_stack_depth
+        reply = struct.pack(
+            "4I2H2I2H2I24x",
+            7,
+            40,
+            0,
+            FUSE_INIT_EXT,
+            0,
+            0,
+            1 << 17,
+            1,
+            32,
+            0,
+            FUSE_PASSTHROUGH >> 32,
+            depth,
+        )
+        os.write(device, struct.pack("IiQ", 16 + len(reply), 0, unique) + reply)
+        backing_open = 0x4010E501  # FUSE_DEV_IOC_BACKING_OPEN, struct fuse_backing_map
+        try:
+            fcntl.ioctl(device, backing_open, struct.pack("iIQ", fd, 0, 0))
+        except OSError as e:
+            raise _BackingRefusedError(offered, e.errno or errno.EIO) from e
+        return offered
+    finally:
+        os.close(device)
+
+
+def _read(path: str | Path) -> str:
+    """Text of a file of /proc or /sys; '' if it is not there."""
+    try:
+        with open(path) as f:
+            return f.read()
+    except OSError:
+        return ""

@@ -1,0 +1,21 @@
+"""What can be wrong with a store, as one line that says what to do."""
+
+
+class StoreError(Exception):
+    """A store that cannot be used as asked. The text is one line, fit for stderr."""
+
+
+class NotAStoreError(StoreError):
+    """The path holds no largefs store."""
+
+
+class NewerFormatError(StoreError):
+    """The store was written by a newer largefs, in a format that this one does not know."""
+
+
+class BusyError(StoreError):
+    """The store is in use: mounted, or being imported into, exported or checked."""
+
+
+class ReadOnlyError(StoreError):
+    """The store failed to write and takes no more changes until it is opened again."""

@@ -1,0 +1,102 @@
+"""Who holds a store: the file `STORE/owner`, for messages and against two hosts on a shared disk.
+
+On one host SQLite's exclusive lock on `meta.db` keeps a second daemon out. Between hosts a lock may not
+travel (a shared disk, some network filesystems), so the holder also refreshes the mtime of `owner`
+every HEARTBEAT seconds. A store whose owner is another host is taken over only after it was seen
+silent for longer than that: the rule of ext4's multiple mount protection (fs/ext4/mmp.c).
+"""
+
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+HEARTBEAT = 5.0
+"""Seconds between two refreshes of the owner file's mtime."""
+
+SILENCE = 2.5 * HEARTBEAT
+"""Seconds without a refresh after which another host's owner counts as dead."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process that holds a store."""
+
+    host: str
+    """Host name, for messages."""
+    machine: str
+    """/etc/machine-id (machine-id(5)), or the host name where there is none."""
+    boot: str
+    """/proc/sys/kernel/random/boot_id: changes at every boot."""
+    pid: int
+    purpose: str
+    """What it does with the store: 'mounted at /mnt', 'import'."""
+
+    def __str__(self) -> str:
+        here = self.boot == _read("/proc/sys/kernel/random/boot_id")
+        return f"{self.purpose} (pid {self.pid}{'' if here else ' on host ' + self.host})"
+
+
+def current(purpose: str) -> Owner:
+    """Describe this process as an owner."""
+    host = socket.gethostname()
+    return Owner(
+        host=host,
+        machine=_read("/etc/machine-id") or host,
+        boot=_read("/proc/sys/kernel/random/boot_id"),
+        pid=os.getpid(),
+        purpose=purpose,
+    )
+
+
+def read(store: Path) -> Owner | None:
+    """Return the recorded owner; None where none is recorded or the record is unreadable."""
+    try:
+        return Owner(**json.loads((store / "owner").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def foreign_and_alive(store: Path) -> Owner | None:
+    """Return the owner if it is another running host; may sleep up to SILENCE seconds to find out."""
+    owner = read(store)
+    me = current("")
+    if owner is None or owner.machine == me.machine:
+        return None
+    path = store / "owner"
+    try:
+        before = path.stat().st_mtime_ns
+        deadline = time.monotonic() + SILENCE
+        while time.monotonic() < deadline:
+            time.sleep(HEARTBEAT / 20)
+            if path.stat().st_mtime_ns != before:
+                return owner
+    except OSError:
+        return None  # it went away while we looked
+    return None
+
+
+def write(store: Path, owner: Owner) -> None:
+    """Record the owner; replaces what was there."""
+    temporary = store / "owner.new"
+    temporary.write_text(json.dumps(asdict(owner)) + "\n")
+    temporary.replace(store / "owner")
+
+
+def refresh(store: Path) -> None:
+    """Show that the owner lives."""
+    os.utime(store / "owner")
+
+
+def remove(store: Path) -> None:
+    """Forget the owner."""
+    (store / "owner").unlink(missing_ok=True)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""

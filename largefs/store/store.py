@@ -1,0 +1,841 @@
+"""A store, open: the inodes and names in `meta.db`, the data in backing files, and what keeps both in step.
+
+Guarantees
+    One process at a time holds a store (BusyError for the others).
+    A change is one savepoint: it happens wholly or not at all.
+    Changes become durable together at `commit`: extents first, then the transaction that refers to
+    them; a backing file is removed only after the transaction that drops its inode is durable.
+    After a crash `open` puts everything in order by itself: what was committed is there, what was
+    written through an open handle has the size its backing file has.
+
+Metadata calls must come from one thread at a time. `Store.content` and everything of
+`BackingFiles` may run in other threads meanwhile. POSIX failures are raised as OSError with the errno
+that the system call has by its man page; a store that cannot be used, as StoreError.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import apsw
+
+from largefs.store import backing, owner, schema
+from largefs.store.backing import EXTENT_SIZE, BackingFiles
+from largefs.store.errors import (
+    BusyError,
+    NewerFormatError,
+    NotAStoreError,
+    ReadOnlyError,
+    StoreError,
+)
+
+NAME_MAX = 255
+"""Bytes of a name, as limits.h has it."""
+
+SYMLINK_MAX = 4095
+"""Bytes of a symlink's target: PATH_MAX without the NUL."""
+
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # linux/fs.h
+
+
+class Inode(NamedTuple):
+    """A row of `inodes`; the units are those of the schema."""
+
+    id: int
+    mode: int
+    uid: int
+    gid: int
+    nlink: int
+    size: int
+    blocks: int
+    rdev: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    btime_ns: int
+    huge: int
+    writing: int
+
+
+class Dentry(NamedTuple):
+    """A name in a directory, with the inode it names. `id` is the position readdir() resumes from."""
+
+    id: int
+    name: bytes
+    inode: Inode
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a backing file holds, read from it."""
+
+    size: int
+    blocks: int
+    mtime_ns: int
+    checksums: list[tuple[int, bytes]]
+
+
+_COLUMNS = ", ".join(Inode._fields)
+_I_COLUMNS = ", ".join(f"i.{c}" for c in Inode._fields)
+_GET = f"SELECT {_COLUMNS} FROM inodes WHERE id = ?"  # noqa: S608
+_LOOKUP = (
+    f"SELECT {_I_COLUMNS} FROM dentries d JOIN inodes i ON i.id = d.inode"  # noqa: S608
+    " WHERE d.parent = ? AND d.name = ?"
+)
+_LIST = (
+    f"SELECT d.id, d.name, {_I_COLUMNS} FROM dentries d JOIN inodes i ON i.id = d.inode"  # noqa: S608
+    " WHERE d.parent = ? AND d.id > ? ORDER BY d.id"
+)
+_NEW = (
+    f"INSERT INTO inodes ({_COLUMNS})"  # noqa: S608
+    " VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
+
+
+def fail(number: int) -> OSError:
+    """An OSError with the errno's own text."""
+    return OSError(number, os.strerror(number))
+
+
+class Store:
+    """An open store. Use `Store.open`; close it, or use it as a context manager."""
+
+    path: Path
+    db: apsw.Connection
+    backing: BackingFiles
+    uuid: str
+    unsettled: list[int]
+    """After `open`: inodes that a crash left open for writing, whose checksums are to be made."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.unsettled = []
+        self._new: set[int] = set()  # made since the last commit
+        self._settled: set[int] = set()  # clean as soon as their extents are durable
+        self._dropped: list[int] = []  # to be removed after the next commit
+        self._failed = False
+        self._last = 0  # the highest inode number given by `reserve`
+
+    def _one(self, query: str, *parameters: Any) -> Any:
+        return self.db.execute(query, parameters).fetchone()
+
+    def _all(self, query: str, *parameters: Any) -> Any:
+        return self.db.execute(query, parameters).fetchall()
+
+    # ------------------------------------------------------------------ creation, opening, closing
+
+    @staticmethod
+    def create(
+        path: Path, *, mode: int = 0o755, uid: int | None = None, gid: int | None = None
+    ) -> None:
+        """Make an empty store in `path`, a directory that is missing or empty.
+
+        The root directory gets `mode` (permission bits), `uid` and `gid` (this process's by default).
+        Raises StoreError.
+        """
+        if (path / "meta.db").exists():
+            raise StoreError(f"{path}: is a store already; remove it first, or choose another path")
+        if path.exists() and not path.is_dir():
+            raise StoreError(f"{path}: not a directory; name a directory that is empty or missing")
+        if path.is_dir() and any(path.iterdir()):
+            raise StoreError(f"{path}: not empty; name a directory that is empty or missing")
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            BackingFiles.create(path / "extents")
+            _create_metadata(
+                path,
+                mode,
+                os.geteuid() if uid is None else uid,
+                os.getegid() if gid is None else gid,
+            )
+        except (OSError, apsw.Error) as e:
+            raise StoreError(f"{path}: cannot make a store here: {_reason(e)}") from e
+
+    @classmethod
+    def open(cls, path: Path, purpose: str) -> "Store":
+        """Open a store and hold it until `close`; `purpose` says what for, in messages to others.
+
+        Raises NotAStoreError, NewerFormatError, BusyError or StoreError.
+        """
+        meta = path / "meta.db"
+        try:
+            if not stat.S_ISREG(meta.stat().st_mode):
+                raise NotAStoreError(f"{path}: no largefs store (make one: largefs mkfs {path})")
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotAStoreError(
+                f"{path}: no largefs store (make one: largefs mkfs {path})"
+            ) from None
+        except OSError as e:
+            raise StoreError(f"{path}: {e.strerror}") from e
+        _read_format(meta)
+        if other := owner.foreign_and_alive(path):
+            raise BusyError(f"{path}: in use: {other}; end that first")
+        self = cls(path)
+        try:
+            self.db = _connect(meta)
+            self.backing = BackingFiles(path / "extents")
+        except apsw.BusyError:
+            holder = owner.read(path)
+            raise BusyError(
+                f"{path}: in use: {holder or 'by another process'}; end that first"
+            ) from None
+        except apsw.Error as e:
+            raise StoreError(f"{path}: meta.db is damaged or unreadable: {_reason(e)}") from e
+        except OSError as e:
+            raise StoreError(f"{path}: extents/: {e.strerror}") from e
+        try:
+            self._start(purpose)
+        except (OSError, apsw.Error) as e:
+            self.db.close()
+            self.backing.close()
+            raise StoreError(f"{path}: cannot open: {_reason(e)}") from e
+        return self
+
+    def _start(self, purpose: str) -> None:
+        self.uuid, clean = self._one("SELECT uuid, clean FROM superblock")
+        owner.write(self.path, owner.current(purpose))
+        with self.change():
+            self._recover()
+            if not clean:
+                self._find_orphans()
+            self.db.execute("UPDATE superblock SET clean = 0")
+        self.commit()
+
+    def _recover(self) -> None:
+        """Put in order the inodes that were in use when the store was last let go."""
+        for (inode,) in self._all("SELECT id FROM inodes WHERE nlink = 0"):
+            self._drop_rows(inode)
+            self._dropped.append(inode)
+        for (inode,) in self._all("SELECT id FROM inodes WHERE writing = 1"):
+            try:
+                st = self.backing.stat(inode)
+            except FileNotFoundError:  # never flushed, so never promised
+                os.close(self.backing.make(inode))
+                st = self.backing.stat(inode)
+            self.db.execute(
+                "UPDATE inodes SET size = ?, blocks = ?, mtime_ns = ? WHERE id = ?",
+                (st.st_size, st.st_blocks, st.st_mtime_ns, inode),
+            )
+            self.db.execute("DELETE FROM extents WHERE inode = ?", (inode,))
+            self.unsettled.append(inode)
+
+    def _find_orphans(self) -> None:
+        """Find the backing files that a crash left without an inode."""
+        known = {i for (i,) in self.db.execute("SELECT id FROM inodes")}
+        for inode in list(self.backing.numbers()):
+            if inode not in known:
+                self._dropped.append(inode)
+
+    def close(self) -> None:
+        """Commit and let the store go. Inodes still unsettled are settled here."""
+        try:
+            if not self._failed:
+                for inode in self.unsettled:
+                    self.record_content(inode, self.content(inode))
+                self.unsettled = []
+                with self.change():
+                    self.db.execute("UPDATE superblock SET clean = 1")
+                self.commit()
+        finally:
+            self.db.close()
+            self.backing.close()
+            owner.remove(self.path)
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------- transactions
+
+    @contextlib.contextmanager
+    def change(self) -> Iterator[None]:
+        """One change of the metadata: all of what the block does, or nothing of it."""
+        if self._failed:
+            raise fail(errno.EROFS)
+        if not self.db.in_transaction:
+            self.db.execute("BEGIN IMMEDIATE")
+        try:
+            with self.db:
+                yield
+        except apsw.FullError:
+            self._check_alive()
+            raise fail(errno.ENOSPC) from None
+        except apsw.Error:
+            self._check_alive()
+            raise
+
+    def _check_alive(self) -> None:
+        """SQLite may have rolled back the whole transaction: then nothing we told anyone is true."""
+        if not self.db.in_transaction:
+            self._failed = True
+
+    @property
+    def uncommitted(self) -> bool:
+        """Whether there is anything for `commit` to do."""
+        return bool(self.db.in_transaction or self._settled or self._dropped)
+
+    def to_flush(self) -> list[int]:
+        """First step of a commit: the inodes whose extents must be durable before it."""
+        return list(self._settled | self._new)
+
+    def finish_commit(self, flushed: Iterable[int]) -> list[int]:
+        """Last step of a commit, after the extents of `flushed` were made durable.
+
+        Returns the inodes whose backing files are to be removed now. Raises ReadOnlyError or, where
+        trying again later can help, StoreError.
+        """
+        if self._failed:
+            raise ReadOnlyError(f"{self.path}: an earlier write failed; unmount and check the disk")
+        done = [(i,) for i in flushed if i in self._settled]
+        try:
+            if done:
+                with self.change():
+                    self.db.executemany("UPDATE inodes SET writing = 0 WHERE id = ?", done)
+            if self.db.in_transaction:
+                self.db.execute("COMMIT")
+        except (apsw.Error, OSError) as e:
+            if not self.db.in_transaction:
+                self._failed = True
+                raise ReadOnlyError(f"{self.path}: metadata lost: {_reason(e)}") from e
+            raise StoreError(f"{self.path}: cannot commit: {_reason(e)}") from e
+        self._settled.difference_update(i for (i,) in done)
+        self._new.clear()
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
+    def commit(self) -> None:
+        """Make every change so far durable. Blocks; raises StoreError or OSError."""
+        flushed = self.to_flush()
+        self.backing.flush(flushed)
+        for inode in self.finish_commit(flushed):
+            self.backing.remove(inode)
+
+    # ------------------------------------------------------------------------------------ reading
+
+    def get(self, inode: int) -> Inode:
+        """The inode; ENOENT if there is none of that number."""
+        row = self._one(_GET, inode)
+        if row is None:
+            raise fail(errno.ENOENT)
+        return Inode._make(row)
+
+    def find(self, parent: int, name: bytes) -> Inode | None:
+        """The inode that `name` names in the directory, or None."""
+        row = self._one(_LOOKUP, parent, name)
+        return None if row is None else Inode._make(row)
+
+    def lookup(self, parent: int, name: bytes) -> Inode:
+        """The inode that `name` names in the directory; ENOENT."""
+        found = self.find(parent, name)
+        if found is None:
+            raise fail(errno.ENOENT)
+        return found
+
+    def entries(self, parent: int, after: int = 0) -> Iterator[Dentry]:
+        """The directory's entries behind the position `after`, in their order.
+
+        Rows are fetched as they are asked for; change nothing before the last one was.
+        """
+        for row in self.db.execute(_LIST, (parent, after)):
+            yield Dentry(row[0], row[1], Inode._make(row[2:]))
+
+    def parent_of(self, directory: int) -> int:
+        """The inode number of '..'; the root is its own parent."""
+        if directory == schema.ROOT_INODE:
+            return directory
+        row = self._one("SELECT parent FROM dentries WHERE inode = ?", directory)
+        if row is None:
+            raise fail(errno.ENOENT)
+        return int(row[0])
+
+    def path_of(self, inode: int) -> bytes:
+        """One path of the inode from the root ('/…'), for messages; ENOENT for an unlinked one."""
+        parts: list[bytes] = []
+        while inode != schema.ROOT_INODE:
+            row = self._one("SELECT parent, name FROM dentries WHERE inode = ?", inode)
+            if row is None:
+                raise fail(errno.ENOENT)
+            inode = row[0]
+            parts.append(row[1])
+        return b"/" + b"/".join(reversed(parts))
+
+    def readlink(self, inode: int) -> bytes:
+        """The target of a symlink; EINVAL for anything else."""
+        row = self._one("SELECT target FROM symlinks WHERE inode = ?", inode)
+        if row is None:
+            raise fail(errno.EINVAL)
+        return bytes(row[0])
+
+    def counts(self) -> tuple[int, int]:
+        """Inodes, and bytes of all files' sizes."""
+        row = self._one("SELECT count(*), ifnull(sum(size), 0) FROM inodes")
+        return int(row[0]), int(row[1])
+
+    # ------------------------------------------------------------------------------------- naming
+
+    def make(
+        self,
+        parent: int,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        *,
+        rdev: int = 0,
+        target: bytes = b"",
+    ) -> Inode:
+        """Make an inode of any type and name it; EEXIST, ENAMETOOLONG, ENOENT for a dead parent.
+
+        A directory with the set-group-ID bit gives its group to what is made in it, and the bit to
+        directories (inode(7)). A regular file gets its empty backing file and is open for writing.
+        """
+        _check_name(name)
+        if stat.S_ISLNK(mode) and not 0 < len(target) <= SYMLINK_MAX:
+            raise fail(errno.ENAMETOOLONG if target else errno.ENOENT)
+        now = time.time_ns()
+        regular = stat.S_ISREG(mode)
+        with self.change():
+            above = self.get(parent)
+            if above.nlink == 0:
+                raise fail(errno.ENOENT)
+            if above.mode & stat.S_ISGID:
+                gid = above.gid
+                if stat.S_ISDIR(mode):
+                    mode |= stat.S_ISGID
+            self.db.execute(
+                _NEW,
+                (
+                    mode,
+                    uid,
+                    gid,
+                    2 if stat.S_ISDIR(mode) else 1,
+                    len(target),
+                    0,
+                    rdev,
+                    now,
+                    now,
+                    now,
+                    now,
+                    0,
+                    int(regular),
+                ),
+            )
+            inode = self.db.last_insert_rowid()
+            self._add_name(parent, name, inode)
+            if target:
+                self.db.execute("INSERT INTO symlinks VALUES (?, ?)", (inode, target))
+            self._touch_directory(parent, now, int(stat.S_ISDIR(mode)))
+            if regular:
+                fd = self.backing.make(inode)
+                try:
+                    os.utime(fd, ns=(now, now))
+                finally:
+                    os.close(fd)
+        if regular:
+            self._new.add(inode)
+        return self.get(inode)
+
+    def reserve(self) -> int:
+        """A number for an inode that `adopt` will make, never given before."""
+        if not self._last:
+            self._last = self._one("SELECT seq FROM sqlite_sequence WHERE name = 'inodes'")[0]
+        self._last += 1
+        return self._last
+
+    def adopt(
+        self,
+        parent: int,
+        name: bytes,
+        row: Inode,
+        *,
+        target: bytes = b"",
+        xattrs: dict[bytes, bytes] | None = None,
+        checksums: Iterable[tuple[int, bytes]] = (),
+        alignment: tuple[int, bytes] | None = None,
+    ) -> None:
+        """Name an inode that comes complete: `row.id` from `reserve`, its backing file written.
+
+        For the import: the parent's times do not move, and a name that is there already (of anything
+        but a directory) is replaced in the same change. nlink is taken from `row` as it is.
+        """
+        _check_name(name)
+        with self.change():
+            if old := self.find(parent, name):
+                self.unlink(parent, name)
+                if old.nlink == 1:
+                    self.drop(old.id)
+            self.db.execute(_NEW.replace("NULL", "?", 1), row)
+            self._add_name(parent, name, row.id)
+            if target:
+                self.db.execute("INSERT INTO symlinks VALUES (?, ?)", (row.id, target))
+            for xattr, value in (xattrs or {}).items():
+                self.db.execute("INSERT INTO xattrs VALUES (?, ?, ?)", (row.id, xattr, value))
+            if checksums:
+                self.set_checksums(row.id, list(checksums))
+            if alignment:
+                self.set_alignment(row.id, *alignment)
+            if stat.S_ISDIR(row.mode):
+                self.db.execute("UPDATE inodes SET nlink = nlink + 1 WHERE id = ?", (parent,))
+        if stat.S_ISREG(row.mode):
+            self._new.add(row.id)
+
+    def link(self, inode: int, parent: int, name: bytes) -> Inode:
+        """Give an inode one more name; EEXIST, EPERM for directories.
+
+        An inode without a name may get one (O_TMPFILE; the kernel refuses unlinked files itself).
+        """
+        _check_name(name)
+        now = time.time_ns()
+        with self.change():
+            if stat.S_ISDIR(self.get(inode).mode):
+                raise fail(errno.EPERM)
+            if self.get(parent).nlink == 0:
+                raise fail(errno.ENOENT)
+            self._add_name(parent, name, inode)
+            self.db.execute(
+                "UPDATE inodes SET nlink = nlink + 1, ctime_ns = ? WHERE id = ?", (now, inode)
+            )
+            self._touch_directory(parent, now)
+        return self.get(inode)
+
+    def unlink(self, parent: int, name: bytes) -> Inode:
+        """Remove a name of anything but a directory; returns the inode as it is now.
+
+        With nlink 0 it stays readable until `drop`. ENOENT, EISDIR.
+        """
+        now = time.time_ns()
+        with self.change():
+            row = self.lookup(parent, name)
+            if stat.S_ISDIR(row.mode):
+                raise fail(errno.EISDIR)
+            self._remove_name(parent, name, row, now)
+            self._touch_directory(parent, now)
+        return self.get(row.id)
+
+    def rmdir(self, parent: int, name: bytes) -> Inode:
+        """Remove an empty directory; returns the inode as it is now. ENOENT, ENOTDIR, ENOTEMPTY."""
+        now = time.time_ns()
+        with self.change():
+            row = self.lookup(parent, name)
+            if not stat.S_ISDIR(row.mode):
+                raise fail(errno.ENOTDIR)
+            self._check_empty(row.id)
+            self._remove_name(parent, name, row, now)
+            self._touch_directory(parent, now, -1)
+        return self.get(row.id)
+
+    def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
+    ) -> Inode | None:
+        """rename(2), renameat2(2) with RENAME_NOREPLACE or RENAME_EXCHANGE.
+
+        Returns what `new_name` named before, as it is now (nlink 0: `drop` it when unused), or None.
+        """
+        _check_name(new_name)
+        if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE) or flags == 3:
+            raise fail(errno.EINVAL)
+        now = time.time_ns()
+        with self.change():
+            old = self.lookup(parent, name)
+            new = self.find(new_parent, new_name)
+            if self.get(new_parent).nlink == 0:
+                raise fail(errno.ENOENT)
+            if flags & RENAME_EXCHANGE:
+                if new is None:
+                    raise fail(errno.ENOENT)
+                self._exchange(parent, name, old, new_parent, new_name, new, now)
+                return None
+            if new is not None and flags & RENAME_NOREPLACE:
+                raise fail(errno.EEXIST)
+            if new is not None and new.id == old.id:
+                return None
+            if new is not None:
+                self._make_way(old, new, new_parent, new_name, now)
+            self.db.execute(
+                "UPDATE dentries SET parent = ?, name = ? WHERE parent = ? AND name = ?",
+                (new_parent, new_name, parent, name),
+            )
+            self.db.execute("UPDATE inodes SET ctime_ns = ? WHERE id = ?", (now, old.id))
+            moved = int(stat.S_ISDIR(old.mode) and parent != new_parent)
+            self._touch_directory(parent, now, -moved)
+            self._touch_directory(new_parent, now, moved)
+        return None if new is None else self.get(new.id)
+
+    def _make_way(self, old: Inode, new: Inode, parent: int, name: bytes, now: int) -> None:
+        directory = stat.S_ISDIR(new.mode)
+        if stat.S_ISDIR(old.mode) and not directory:
+            raise fail(errno.ENOTDIR)
+        if directory:
+            if not stat.S_ISDIR(old.mode):
+                raise fail(errno.EISDIR)
+            self._check_empty(new.id)
+        self._remove_name(parent, name, new, now)
+        self._touch_directory(parent, now, -int(directory))
+
+    def _exchange(
+        self,
+        parent: int,
+        name: bytes,
+        old: Inode,
+        new_parent: int,
+        new_name: bytes,
+        new: Inode,
+        now: int,
+    ) -> None:
+        query = "UPDATE dentries SET inode = ? WHERE parent = ? AND name = ?"
+        self.db.execute(query, (new.id, parent, name))
+        self.db.execute(query, (old.id, new_parent, new_name))
+        self.db.execute("UPDATE inodes SET ctime_ns = ? WHERE id IN (?, ?)", (now, old.id, new.id))
+        moved = 0
+        if parent != new_parent:
+            moved = int(stat.S_ISDIR(old.mode)) - int(stat.S_ISDIR(new.mode))
+        self._touch_directory(parent, now, -moved)
+        self._touch_directory(new_parent, now, moved)
+
+    def _add_name(self, parent: int, name: bytes, inode: int) -> None:
+        try:
+            self.db.execute(
+                "INSERT INTO dentries (parent, name, inode) VALUES (?, ?, ?)", (parent, name, inode)
+            )
+        except apsw.ConstraintError:
+            raise fail(errno.EEXIST) from None
+
+    def _remove_name(self, parent: int, name: bytes, row: Inode, now: int) -> None:
+        self.db.execute("DELETE FROM dentries WHERE parent = ? AND name = ?", (parent, name))
+        left = 0 if stat.S_ISDIR(row.mode) else row.nlink - 1
+        self.db.execute(
+            "UPDATE inodes SET nlink = ?, ctime_ns = ? WHERE id = ?", (left, now, row.id)
+        )
+
+    def _touch_directory(self, directory: int, now: int, subdirectories: int = 0) -> None:
+        self.db.execute(
+            "UPDATE inodes SET mtime_ns = ?, ctime_ns = ?, nlink = nlink + ? WHERE id = ?",
+            (now, now, subdirectories, directory),
+        )
+
+    def _check_empty(self, directory: int) -> None:
+        query = "SELECT 1 FROM dentries WHERE parent = ? LIMIT 1"
+        if self._one(query, directory):
+            raise fail(errno.ENOTEMPTY)
+
+    def drop(self, inode: int) -> None:
+        """Remove an inode that has no name and that nobody uses; its backing file goes at `commit`."""
+        with self.change():
+            regular = stat.S_ISREG(self.get(inode).mode)
+            self._drop_rows(inode)
+        self._settled.discard(inode)
+        self._new.discard(inode)
+        if regular:
+            self._dropped.append(inode)
+
+    def _drop_rows(self, inode: int) -> None:
+        for table in ("extents", "xattrs", "symlinks", "alignments"):
+            self.db.execute(f"DELETE FROM {table} WHERE inode = ?", (inode,))  # noqa: S608
+        self.db.execute("DELETE FROM inodes WHERE id = ?", (inode,))
+
+    # --------------------------------------------------------------------------------- attributes
+
+    def set_attributes(self, inode: int, **columns: int) -> None:
+        """Set columns of an inode, as the schema names them.
+
+        The times of a regular file's backing file are the caller's business (`set_backing_times`).
+        """
+        assignments = ", ".join(f"{column} = ?" for column in columns)
+        with self.change():
+            self.db.execute(
+                f"UPDATE inodes SET {assignments} WHERE id = ?",  # noqa: S608
+                (*columns.values(), inode),
+            )
+
+    def set_backing_times(self, inode: int, atime_ns: int, mtime_ns: int) -> None:
+        """Move the times of a backing file, which hold the truth while it is written."""
+        os.utime(
+            self.backing.name(inode),
+            ns=(atime_ns, mtime_ns),
+            dir_fd=self.backing.fd,
+            follow_symlinks=False,
+        )
+
+    def xattr(self, inode: int, name: bytes) -> bytes:
+        """The value of an extended attribute; ENODATA."""
+        row = self._one("SELECT value FROM xattrs WHERE inode = ? AND name = ?", inode, name)
+        if row is None:
+            raise fail(errno.ENODATA)
+        return bytes(row[0])
+
+    def xattrs(self, inode: int) -> dict[bytes, bytes]:
+        """All extended attributes of an inode."""
+        return dict(self._all("SELECT name, value FROM xattrs WHERE inode = ?", inode))
+
+    def set_xattr(self, inode: int, name: bytes, value: bytes) -> None:
+        """Set an extended attribute; moves ctime."""
+        with self.change():
+            self.db.execute("INSERT OR REPLACE INTO xattrs VALUES (?, ?, ?)", (inode, name, value))
+            self.set_attributes(inode, ctime_ns=time.time_ns())
+
+    def remove_xattr(self, inode: int, name: bytes) -> None:
+        """Remove an extended attribute; moves ctime; ENODATA."""
+        with self.change():
+            self.xattr(inode, name)
+            self.db.execute("DELETE FROM xattrs WHERE inode = ? AND name = ?", (inode, name))
+            self.set_attributes(inode, ctime_ns=time.time_ns())
+
+    # ------------------------------------------------------------------------------------ content
+
+    def begin_writing(self, inode: int) -> bool:
+        """Record that a regular file's content may change from now on.
+
+        True: the file was clean on disk, so the caller must `commit` before it lets anyone write,
+        or a crash would leave checksums that claim too much.
+        """
+        self._settled.discard(inode)
+        row = self.get(inode)
+        if row.writing:
+            return False
+        with self.change():
+            self.db.execute("UPDATE inodes SET writing = 1 WHERE id = ?", (inode,))
+            self.db.execute("DELETE FROM alignments WHERE inode = ?", (inode,))
+        return inode not in self._new
+
+    def content(self, inode: int) -> Content:
+        """Read a backing file through and return what it holds. For any thread; raises OSError."""
+        fd = self.backing.open(inode, os.O_RDONLY)
+        try:
+            st = os.fstat(fd)
+            sums = backing.checksums(fd, st.st_size)
+            return Content(st.st_size, st.st_blocks, st.st_mtime_ns, sums)
+        finally:
+            os.close(fd)
+
+    def record_content(self, inode: int, content: Content, *, huge: bool | None = None) -> None:
+        """Record what a file holds now that nobody writes it; it is clean after a commit."""
+        with self.change():
+            row = self.get(inode)
+            self.set_attributes(
+                inode,
+                size=content.size,
+                blocks=content.blocks,
+                mtime_ns=content.mtime_ns,
+                ctime_ns=max(row.ctime_ns, content.mtime_ns),
+                huge=row.huge if huge is None else int(huge),
+            )
+            self.set_checksums(inode, content.checksums)
+        self._settled.add(inode)
+
+    def set_checksums(self, inode: int, checksums: list[tuple[int, bytes]]) -> None:
+        """Replace the checksums of an inode's extents."""
+        with self.change():
+            self.db.execute("DELETE FROM extents WHERE inode = ?", (inode,))
+            self.db.executemany(
+                "INSERT INTO extents VALUES (?, ?, ?)", [(inode, n, c) for n, c in checksums]
+            )
+
+    def checksums(self, inode: int) -> dict[int, bytes]:
+        """The recorded checksum of each extent that holds data, by extent number."""
+        return dict(self._all("SELECT number, checksum FROM extents WHERE inode = ?", inode))
+
+    def alignment(self, inode: int) -> tuple[int, bytes] | None:
+        """(original size in bytes, record) of a file whose text the import aligned, or None."""
+        row = self._one("SELECT original_size, record FROM alignments WHERE inode = ?", inode)
+        return None if row is None else (int(row[0]), bytes(row[1]))
+
+    def set_alignment(self, inode: int, original_size: int, record: bytes) -> None:
+        """Record what the import changed of a file."""
+        with self.change():
+            self.db.execute(
+                "INSERT OR REPLACE INTO alignments VALUES (?, ?, ?)", (inode, original_size, record)
+            )
+
+
+def _create_metadata(path: Path, mode: int, uid: int, gid: int) -> None:
+    """Make meta.db under another name and move it into place: a store exists wholly or not."""
+    temporary = path / "meta.db.new"
+    temporary.unlink(missing_ok=True)
+    db = apsw.Connection(str(temporary))
+    now = time.time_ns()
+    try:
+        schema.create(db)
+        db.execute(
+            _NEW.replace("NULL", "?", 1),
+            (
+                schema.ROOT_INODE,
+                stat.S_IFDIR | mode,
+                uid,
+                gid,
+                2,
+                *(0, 0, 0),
+                *(now, now, now, now),
+                *(0, 0),
+            ),
+        )
+        db.execute("INSERT INTO superblock VALUES (1, ?, ?, 1)", (str(uuid.uuid4()), now))
+    finally:
+        db.close()
+    temporary.chmod(0o600)
+    temporary.rename(path / "meta.db")
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _read_format(meta: Path) -> None:
+    """Check application_id and user_version straight from the file's header, before SQLite sees it.
+
+    https://www.sqlite.org/fileformat2.html#the_database_header: user_version is at byte 60,
+    application_id at byte 68, big endian.
+    """
+    try:
+        with meta.open("rb") as f:
+            header = f.read(100)
+    except OSError as e:
+        raise StoreError(f"{meta}: {e.strerror}") from e
+    store = meta.parent
+    if header[:16] != b"SQLite format 3\0" or header[68:72] != schema.APPLICATION_ID.to_bytes(4):
+        raise NotAStoreError(f"{store}: no largefs store (its meta.db is something else)")
+    version = int.from_bytes(header[60:64])
+    if version > schema.FORMAT_VERSION:
+        raise NewerFormatError(
+            f"{store}: format version {version} is newer than this largefs, which knows "
+            f"{schema.FORMAT_VERSION}; update largefs"
+        )
+
+
+def _connect(meta: Path) -> apsw.Connection:
+    """Open meta.db and take its lock for as long as the connection lives; raises apsw.BusyError."""
+    db = apsw.Connection(str(meta), flags=apsw.SQLITE_OPEN_READWRITE)
+    try:
+        db.pragma("locking_mode", "exclusive")
+        db.pragma("journal_mode", "wal")
+        db.pragma("synchronous", "full")
+        db.pragma("cache_size", -16 * 1024)
+        db.pragma("wal_autocheckpoint", 4000)
+        db.execute("BEGIN IMMEDIATE; ROLLBACK")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _check_name(name: bytes) -> None:
+    if len(name) > NAME_MAX:
+        raise fail(errno.ENAMETOOLONG)
+    if not name or name in (b".", b"..") or b"/" in name or b"\0" in name:
+        raise fail(errno.EINVAL)
+
+
+def _reason(e: Any) -> str:
+    return str(getattr(e, "strerror", None) or e)
+
+
+__all__ = ["EXTENT_SIZE", "Content", "Dentry", "Inode", "Store", "fail"]

@@ -1,0 +1,399 @@
+"""Import of a directory tree: contents, holes, modes, owners, times, xattrs, hard links, special files.
+
+Guarantees
+    A file appears in the store whole or not at all, and no sooner than its extents are written.
+    The import can be stopped and run again at any moment: files whose size and mtime agree with the
+    store are passed over, everything else is brought up to date. Nothing is ever removed.
+    A file that cannot be read, or that changes while it is read, is left out and reported.
+"""
+
+import errno
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from largefs.hugetext import text
+from largefs.hugetext.align import Mode, plan
+from largefs.hugetext.view import View, chunks, reshape
+from largefs.store import EXTENT_SIZE, ROOT_INODE, Inode, Store, StoreError
+from largefs.store import backing as b
+from largefs.store.store import fail
+
+COMMIT_BYTES = 1 << 30
+COMMIT_SECONDS = 10.0
+"""A commit at least this often, so that an import that was stopped need not start over."""
+
+WRITE_BEHIND = 1 << 20
+"""Bytes: for files of this size and more the disk starts to write before the import is through."""
+
+FICLONE = 0x40049409  # linux/fs.h
+
+NOT_TO_IMPORT = (b"system.nfs4_acl", b"security.selinux")
+"""xattrs that belong to the filesystem a file was on, or to its policy, rather than to the file."""
+
+
+@dataclass
+class Tally:
+    """What an import has done so far."""
+
+    entries: int = 0
+    """Names seen, of every type."""
+    unchanged: int = 0
+    """Of these, the names that were in the store already, as they are."""
+    copied: int = 0
+    """Bytes of data written to the store."""
+    aligned: list[tuple[bytes, str]] = field(default_factory=list)
+    """Programs that were changed to become eligible, or not and why: (path, what)."""
+    failed: list[tuple[bytes, str]] = field(default_factory=list)
+    """Names that were left out: (path, reason)."""
+
+
+class ChangedError(Exception):
+    """A file changed while it was read."""
+
+
+class Importer:
+    """One import into an open store."""
+
+    def __init__(
+        self,
+        store: Store,
+        align: Mode = Mode.AUTO,
+        progress: Callable[[Tally], None] = lambda _: None,
+    ) -> None:
+        self.tally = Tally()
+        self._store = store
+        self._align = align
+        self._progress = progress
+        self._links: dict[tuple[int, int], int] = {}  # (st_dev, st_ino) with several names -> inode
+        self._buffer = memoryview(bytearray(EXTENT_SIZE))
+        self._can_clone = True
+        self._bytes_at_commit = 0
+        self._time_of_commit = time.monotonic()
+        self._store_device = os.fstat(store.backing.fd)
+
+    def run(self, source: bytes, to: bytes = b"/") -> Tally:
+        """Import what the directory `source` holds into the directory `to`, which is made if missing.
+
+        Raises OSError if `source` itself cannot be read, StoreError or OSError (ENOSPC, EIO) if the
+        store cannot be written: what was imported before is kept.
+        """
+        st = os.stat(source)
+        if not stat.S_ISDIR(st.st_mode):
+            raise fail(errno.ENOTDIR)
+        try:
+            directory = self._directory(to)
+            self._fill(directory, source)
+            self._set_metadata(self._store.get(directory), st, _xattrs(source))
+        finally:
+            self._store.commit()
+        return self.tally
+
+    def _directory(self, path: bytes) -> int:
+        inode = ROOT_INODE
+        for name in path.split(b"/"):
+            if name in (b"", b"."):
+                continue
+            row = self._store.find(inode, name)
+            if row is None:
+                mode = stat.S_IFDIR | 0o755
+                row = self._store.make(inode, name, mode, os.geteuid(), os.getegid())
+            if not stat.S_ISDIR(row.mode):
+                raise fail(errno.ENOTDIR)
+            inode = row.id
+        return inode
+
+    def _fill(self, directory: int, source: bytes) -> None:
+        """Import the entries of a source directory, its directories after everything else."""
+        known = {d.name: d.inode for d in self._store.entries(directory)}
+        directories: list[tuple[bytes, os.stat_result]] = []
+        with os.scandir(source) as entries:
+            for e in entries:
+                try:
+                    st = e.stat(follow_symlinks=False)
+                    if self._is_the_store(st):
+                        continue
+                    if stat.S_ISDIR(st.st_mode):
+                        directories.append((e.name, st))
+                    else:
+                        self._import(directory, e.name, e.path, st, known.get(e.name))
+                except (OSError, ChangedError) as error:
+                    self._leave_out(e.path, error)
+                self._count()
+        for name, st in directories:
+            path = source + b"/" + name
+            try:
+                self._import_directory(directory, name, path, st, known.get(name))
+            except OSError as error:
+                self._leave_out(path, error)
+
+    def _is_the_store(self, st: os.stat_result) -> bool:
+        """A store inside the tree that is imported is not part of it."""
+        mine = self._store_device
+        return (st.st_dev, st.st_ino) == (mine.st_dev, mine.st_ino)
+
+    def _leave_out(self, path: bytes, error: Exception) -> None:
+        """Note a name that cannot be imported; a store that cannot be written ends the import."""
+        if isinstance(error, OSError):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE):
+                raise error
+            self.tally.failed.append((path, error.strerror or str(error)))
+        else:
+            self.tally.failed.append((path, str(error)))
+
+    def _count(self) -> None:
+        self.tally.entries += 1
+        self._progress(self.tally)
+        now = time.monotonic()
+        if (
+            self.tally.copied - self._bytes_at_commit > COMMIT_BYTES
+            or now - self._time_of_commit > COMMIT_SECONDS
+        ):
+            self._store.commit()
+            self._bytes_at_commit = self.tally.copied
+            self._time_of_commit = time.monotonic()
+
+    # ---------------------------------------------------------------------------- one name at a time
+
+    def _import_directory(
+        self, parent: int, name: bytes, path: bytes, st: os.stat_result, old: Inode | None
+    ) -> None:
+        if old is not None and not stat.S_ISDIR(old.mode):
+            raise fail(errno.ENOTDIR)
+        if old is None:
+            row = self._row(st, size=0, nlink=2)
+            self._store.adopt(parent, name, row, xattrs=_xattrs(path))
+            self._fill(row.id, path)
+            self._store.set_attributes(row.id, mtime_ns=st.st_mtime_ns)
+        else:
+            self._fill(old.id, path)
+            self._set_metadata(self._store.get(old.id), st, _xattrs(path))
+
+    def _import(
+        self, parent: int, name: bytes, path: bytes, st: os.stat_result, old: Inode | None
+    ) -> None:
+        """Import anything but a directory."""
+        if old is not None and stat.S_ISDIR(old.mode):
+            raise fail(errno.EISDIR)
+        first = self._links.get((st.st_dev, st.st_ino)) if st.st_nlink > 1 else None
+        if first is not None:
+            self._import_link(parent, name, first, old)
+            return
+        if old is not None and self._same_content(old, path, st):
+            inode = old.id
+            self._set_metadata(old, st, _xattrs(path))
+            self.tally.unchanged += 1
+        elif stat.S_ISREG(st.st_mode):
+            inode = self._import_file(parent, name, path, st)
+        else:
+            inode = self._import_other(parent, name, path, st)
+        if st.st_nlink > 1:
+            self._links[st.st_dev, st.st_ino] = inode
+
+    def _import_link(self, parent: int, name: bytes, inode: int, old: Inode | None) -> None:
+        """One more name of an inode that this import has seen."""
+        if old is not None and old.id == inode:
+            self.tally.unchanged += 1
+            return
+        with self._store.change():
+            if old is not None and self._store.unlink(parent, name).nlink == 0:
+                self._store.drop(old.id)
+            self._store.link(inode, parent, name)
+
+    def _same_content(self, old: Inode, path: bytes, st: os.stat_result) -> bool:
+        if stat.S_IFMT(old.mode) != stat.S_IFMT(st.st_mode):
+            return False
+        if stat.S_ISREG(st.st_mode):
+            alignment = self._store.alignment(old.id)
+            size = alignment[0] if alignment else old.size
+            return (size, old.mtime_ns) == (st.st_size, st.st_mtime_ns)
+        if stat.S_ISLNK(st.st_mode):
+            return self._store.readlink(old.id) == os.readlink(path)
+        return old.rdev == st.st_rdev
+
+    def _set_metadata(self, row: Inode, st: os.stat_result, xattrs: dict[bytes, bytes]) -> None:
+        """Bring mode, owner, times and xattrs of an inode up to date."""
+        new = {
+            "mode": st.st_mode,
+            "uid": st.st_uid,
+            "gid": st.st_gid,
+            "mtime_ns": st.st_mtime_ns,
+        }
+        if any(getattr(row, column) != value for column, value in new.items()):
+            self._store.set_attributes(row.id, **new, ctime_ns=time.time_ns())
+        old = self._store.xattrs(row.id)
+        for name in old.keys() - xattrs.keys():
+            self._store.remove_xattr(row.id, name)
+        for name, value in xattrs.items():
+            if old.get(name) != value:
+                self._store.set_xattr(row.id, name, value)
+
+    def _row(self, st: os.stat_result, *, size: int, nlink: int = 1, blocks: int = 0) -> Inode:
+        now = time.time_ns()
+        special = stat.S_ISCHR(st.st_mode) or stat.S_ISBLK(st.st_mode)
+        return Inode(
+            id=self._store.reserve(),
+            mode=st.st_mode,
+            uid=st.st_uid,
+            gid=st.st_gid,
+            nlink=nlink,
+            size=size,
+            blocks=blocks,
+            rdev=st.st_rdev if special else 0,
+            atime_ns=st.st_atime_ns,
+            mtime_ns=st.st_mtime_ns,
+            ctime_ns=now,
+            btime_ns=now,
+            huge=0,
+            writing=0,
+        )
+
+    def _import_other(self, parent: int, name: bytes, path: bytes, st: os.stat_result) -> int:
+        """A symlink, device node, FIFO or socket."""
+        target = os.readlink(path) if stat.S_ISLNK(st.st_mode) else b""
+        row = self._row(st, size=len(target))
+        self._store.adopt(parent, name, row, target=target, xattrs=_xattrs(path))
+        return row.id
+
+    # ------------------------------------------------------------------------------- file contents
+
+    def _import_file(self, parent: int, name: bytes, path: bytes, st: os.stat_result) -> int:
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        fd = os.open(path, flags)
+        row = self._row(st, size=st.st_size)
+        try:
+            written = self._store.backing.make(row.id)
+            try:
+                xattrs = _xattrs(path)
+                row, sums, alignment = self._copy(fd, written, row, path, xattrs)
+                after = os.fstat(fd)
+                if _identity(after) != _identity(st):
+                    raise ChangedError("changed while it was read; run the import again")
+                os.utime(written, ns=(st.st_atime_ns, st.st_mtime_ns))
+                row = row._replace(blocks=os.fstat(written).st_blocks)
+            finally:
+                os.close(written)
+            self._store.adopt(parent, name, row, xattrs=xattrs, checksums=sums, alignment=alignment)
+        except BaseException:
+            self._store.backing.remove(row.id)
+            raise
+        finally:
+            os.close(fd)
+        self.tally.copied += row.size
+        return row.id
+
+    def _copy(
+        self, fd: int, to: int, row: Inode, path: bytes, xattrs: dict[bytes, bytes]
+    ) -> tuple[Inode, list[tuple[int, bytes]], tuple[int, bytes] | None]:
+        """Write the backing file; returns the row as it became, checksums, and the alignment."""
+        if row.size < EXTENT_SIZE:
+            return row, self._copy_plain(fd, to, row.size), None
+        signed = "signed (security.ima)" if b"security.ima" in xattrs else ""
+        aligned = plan(View.of_file(fd), self._align, signed)
+        if aligned.reason:
+            self.tally.aligned.append((path, aligned.reason))
+        if not aligned.changed:
+            found = text.of_file(fd)
+            if found.ranges:
+                self._prepare_extents(fd, to, row.size)
+            sums = self._copy_plain(fd, to, row.size)
+            return row._replace(huge=int(bool(found.ranges))), sums, None
+        view = reshape(View.of_file(fd), aligned.layout)
+        b.prefer_extents(to)
+        for offset, data in chunks(view, aligned.layout):
+            b.write_full(to, data, offset)
+        os.ftruncate(to, aligned.layout.size)
+        found = text.of_file(to)
+        size = aligned.layout.size
+        sums = b.checksums(to, size)
+        row = row._replace(size=size, huge=int(bool(found.ranges)))
+        return row, sums, (os.fstat(fd).st_size, aligned.record())
+
+    def _prepare_extents(self, fd: int, to: int, size: int) -> None:
+        b.prefer_extents(to)
+        for start, end in b.data_ranges(fd, size):
+            b.allocate_extents(to, start, end)
+
+    def _copy_plain(self, fd: int, to: int, size: int) -> list[tuple[int, bytes]]:
+        """Copy data and holes as they are, or share them; returns the checksums."""
+        os.ftruncate(to, size)
+        if self._clone(fd, to):
+            return b.checksums(to, size)
+        sums: list[tuple[int, bytes]] = []
+        pending = -1  # the extent that is in the buffer
+        for start, end in b.data_ranges(fd, size):
+            while start < end:
+                number = start // EXTENT_SIZE
+                stop = min(end, (number + 1) * EXTENT_SIZE)
+                if number != pending:
+                    if pending >= 0:
+                        sums.append(self._sum(pending, size))
+                    self._clear_buffer(number, start, stop, size)
+                    pending = number
+                at = start - number * EXTENT_SIZE
+                view = self._buffer[at : at + stop - start]
+                if b.read_full(fd, view, start) < len(view):
+                    raise ChangedError("became shorter while it was read; run the import again")
+                b.write_full(to, view, start)
+                start = stop
+        if pending >= 0:
+            sums.append(self._sum(pending, size))
+        if size >= WRITE_BEHIND:
+            b.start_writing(to)
+        return sums
+
+    def _clear_buffer(self, number: int, start: int, stop: int, size: int) -> None:
+        """Zero what of the extent is not read next: it may be a hole."""
+        first, last = start - number * EXTENT_SIZE, stop - number * EXTENT_SIZE
+        if first:
+            self._buffer[:first] = bytes(first)
+        end = min(EXTENT_SIZE, size - number * EXTENT_SIZE)
+        if last < end:
+            self._buffer[last:end] = bytes(end - last)
+
+    def _sum(self, number: int, size: int) -> tuple[int, bytes]:
+        length = min(EXTENT_SIZE, size - number * EXTENT_SIZE)
+        return number, b.checksum(self._buffer[:length])
+
+    def _clone(self, fd: int, to: int) -> bool:
+        """Share the extents with the source where the filesystem can (FICLONE: xfs, btrfs)."""
+        if not self._can_clone:
+            return False
+        try:
+            fcntl.ioctl(to, FICLONE, fd)
+        except OSError as e:
+            if e.errno in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV):
+                self._can_clone = e.errno == errno.EXDEV
+            return False
+        return True
+
+
+def _identity(st: os.stat_result) -> tuple[int, ...]:
+    return st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns
+
+
+def _xattrs(path: bytes) -> dict[bytes, bytes]:
+    """The xattrs of a name that are the file's own; none where the filesystem has none."""
+    try:
+        names = os.listxattr(path, follow_symlinks=False)
+    except OSError as e:
+        if e.errno in (errno.EOPNOTSUPP, errno.EPERM):
+            return {}
+        raise
+    found = {}
+    for name in names:
+        key = os.fsencode(name)
+        if key in NOT_TO_IMPORT:
+            continue
+        try:
+            found[key] = os.getxattr(path, name, follow_symlinks=False)
+        except OSError as e:
+            if e.errno != errno.ENODATA:
+                raise
+    return found
+
+
+__all__ = ["ChangedError", "Importer", "StoreError", "Tally"]
