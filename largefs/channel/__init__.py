@@ -16,6 +16,7 @@ handle is 0: so opendir may answer ENOSYS, and the kernel opens directories by i
 protocol.py has the messages, operations.py the dispatch of those that pyfuse3 does not know.
 """
 
+import ctypes
 import logging
 import os
 import sys
@@ -128,14 +129,12 @@ def load() -> Channel:
     if _channel is None:
         if "pyfuse3" in sys.modules:
             raise Unavailable("pyfuse3 was imported before the channel was loaded")
-        flags = sys.getdlopenflags()
-        sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)
         try:
             companion = import_module("largefs.channel._companion")
         except ImportError as e:
             raise Unavailable(f"the companion does not load: {e}") from e
-        finally:
-            sys.setdlopenflags(flags)
+        # Python loads modules locally; from here on the dynamic linker looks into this one first.
+        ctypes.CDLL(companion.__file__, mode=os.RTLD_NOW | os.RTLD_GLOBAL)
         try:
             companion.attach(import_module("pyfuse3").__file__)
         except OSError as e:  # pyfuse3 has its libfuse inside, out of the companion's reach

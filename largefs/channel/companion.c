@@ -2,9 +2,9 @@
 /*
  * Functions that stand in front of libfuse's own.
  *
- * Python loads this module with RTLD_GLOBAL before pyfuse3, so the dynamic
- * linker binds pyfuse3's calls to the functions defined here; they call
- * libfuse's for everything but the few messages that they mean to change:
+ * load() puts this module into the global scope before pyfuse3 is loaded, so
+ * the dynamic linker binds pyfuse3's calls to the functions defined here; they
+ * call libfuse's for everything but the few messages that they mean to change:
  *
  *   INIT             libfuse's reply is taken from it and edited (protocol.py)
  *   OPEN, CREATE     the reply may carry a backing file (FOPEN_PASSTHROUGH)
