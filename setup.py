@@ -15,7 +15,7 @@ from setuptools import Extension, setup
 def pkg_config(option: str) -> list[str]:
     """Compiler flags of libfuse 3; none, with a word to the user, where it is missing.
 
-    No linker flags: the companion uses whichever libfuse pyfuse3 is linked to (companion.c, attach()).
+    No linker flags: the companion uses the libfuse that pyfuse3 is linked to (companion.c).
     """
     try:
         out = subprocess.run(

@@ -2,9 +2,9 @@
 /*
  * Functions that stand in front of libfuse's own.
  *
- * Python loads this module with RTLD_GLOBAL before pyfuse3, so the dynamic
- * linker binds pyfuse3's calls to the functions defined here; they call
- * libfuse's for everything but the few messages that they mean to change:
+ * load() puts this module into the global scope before pyfuse3 is loaded, so
+ * the dynamic linker binds pyfuse3's calls to the functions defined here; they
+ * call libfuse's for everything but the few messages that they mean to change:
  *
  *   INIT             libfuse's reply is taken from it and edited (protocol.py)
  *   OPEN, CREATE     the reply may carry a backing file (FOPEN_PASSTHROUGH)
@@ -12,32 +12,27 @@
  *   FSYNCDIR         pyfuse3 hands its filesystem nothing else
  *   those pyfuse3    go to Python whole (FALLOCATE, LSEEK, COPY_FILE_RANGE,
  *   lacks            TMPFILE), if Python has said that it takes them
+ *   WRITE, SETATTR,  that should clear setuid and setgid bits are shown to
+ *   OPEN             Python first: pyfuse3 hides the flag that says so
  *
- * Nothing here depends on the version of libfuse: from 3.10 on these functions
- * have the same types, and the two places where versions do differ are marked
- * "libfuse 3.17". A reply with a backing file is written here although libfuse
- * 3.17 could, so that there is one way and not two.
+ * From libfuse 3.10 to 3.18 these functions have the same types, with one
+ * difference: what is compiled with the headers of 3.17 or newer calls
+ * fuse_session_new_versioned() for fuse_session_new(). Libfuse could write a
+ * reply with a backing file from 3.17 on; here it is written for all versions in
+ * one way, for which fuse_file_info.backing_id is not needed.
  *
  * pyfuse3 calls all of this in one thread, with the GIL held, and has done
  * with a request's message when fuse_session_process_buf() returns: so one
  * receive buffer serves all requests.
  */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "companion.h"
 
-#define FUSE_USE_VERSION 35
-#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <fuse_lowlevel.h>
 #include <linux/fuse.h>
-#include <stdbool.h>
-#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -45,51 +40,16 @@
 /* What the linux/fuse.h of Debian 12 (7.38) does not have. */
 #define COPY_FILE_RANGE_64	53
 #define OPEN_PASSTHROUGH	(1u << 7)
-struct backing_map {
-	int32_t fd;
-	uint32_t flags;
-	uint64_t padding;
-};
-#define BACKING_OPEN		_IOW(FUSE_DEV_IOC_MAGIC, 1, struct backing_map)
-#define BACKING_CLOSE		_IOW(FUSE_DEV_IOC_MAGIC, 2, uint32_t)
-
 struct open_out {		/* struct fuse_open_out of 7.40 */
 	uint64_t fh;
 	uint32_t open_flags;
 	int32_t backing_id;
 };
 
-/* libfuse 3.17: fuse_session_new() is a macro around the second of these. */
-#undef fuse_session_new
-struct libfuse_version;
-struct fuse_session *fuse_session_new(struct fuse_args *, const struct fuse_lowlevel_ops *,
-				      size_t, void *);
-struct fuse_session *fuse_session_new_versioned(struct fuse_args *,
-						const struct fuse_lowlevel_ops *, size_t,
-						struct libfuse_version *, void *);
+struct libfuse libfuse;
+struct session session = { .device = -1 };
 
-/* libfuse's own, of whichever libfuse pyfuse3 is linked to; see attach(). */
-static struct {
-	__typeof__(fuse_session_new) *session_new;
-	__typeof__(fuse_session_new_versioned) *session_new_versioned;
-	__typeof__(fuse_session_receive_buf) *receive_buf;
-	__typeof__(fuse_session_process_buf) *process_buf;
-	__typeof__(fuse_session_fd) *session_fd;
-	__typeof__(fuse_session_exit) *session_exit;
-	__typeof__(fuse_session_exited) *session_exited;
-	__typeof__(fuse_reply_open) *reply_open;
-	__typeof__(fuse_reply_create) *reply_create;
-	__typeof__(fuse_reply_none) *reply_none;
-	__typeof__(fuse_add_direntry_plus) *add_direntry_plus;
-} libfuse;
-
-static int device = -1;			/* the session's file descriptor */
-static char *buffer;			/* NULL until Python asks for one */
-static size_t buffer_size;
-static uint64_t current;		/* unique of the request in process */
-static PyObject *edit_init;		/* (request, reply) -> reply */
-static PyObject *dispatch;		/* (opcode, message) -> taken? */
-static PyObject *backing;		/* {fh: backing id} */
+static uint64_t current;	/* unique of the request in process */
 
 /* pyfuse3's handlers, called through wrappers that give away the request's unique. */
 static struct fuse_lowlevel_ops handlers;
@@ -152,19 +112,19 @@ struct fuse_session *fuse_session_new_versioned(struct fuse_args *args,
 	return se;
 }
 
-/* The backing id to go with the reply that carries fh; 0 for none. Used once. */
-static int32_t take_backing(uint64_t fh)
+/* The backing id to go with this reply, 0 for none. Used once, and not by OPENDIR (no unique). */
+static int32_t take_backing(const struct fuse_file_info *fi)
 {
 	PyObject *key, *value;
 	int32_t id = 0;
 
-	if (!backing || !PyDict_GET_SIZE(backing))
+	if (!fi->lock_owner || !PyDict_GET_SIZE(session.backing))
 		return 0;
-	key = PyLong_FromUnsignedLongLong(fh);
-	value = key ? PyDict_GetItemWithError(backing, key) : NULL;
+	key = PyLong_FromUnsignedLongLong(fi->fh);
+	value = key ? PyDict_GetItemWithError(session.backing, key) : NULL;
 	if (value) {
 		id = (int32_t)PyLong_AsLong(value);
-		PyDict_DelItem(backing, key);
+		PyDict_DelItem(session.backing, key);
 	}
 	Py_XDECREF(key);
 	PyErr_Clear();
@@ -193,14 +153,14 @@ static int reply_passthrough(fuse_req_t req, const struct fuse_file_info *fi,
 	int error;
 
 	header.len = iov[0].iov_len + iov[1].iov_len + iov[2].iov_len;
-	error = writev(device, iov, 3) < 0 ? -errno : 0;
+	error = writev(session.device, iov, 3) < 0 ? -errno : 0;
 	libfuse.reply_none(req);
 	return error;
 }
 
 int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)
 {
-	int32_t id = take_backing(fi->fh);
+	int32_t id = take_backing(fi);
 
 	return id > 0 ? reply_passthrough(req, fi, NULL, id) : libfuse.reply_open(req, fi);
 }
@@ -212,7 +172,7 @@ int fuse_reply_create(fuse_req_t req, const struct fuse_entry_param *e,
 		struct fuse_entry_out entry;
 		char dirent[256];
 	} plus = {};
-	int32_t id = take_backing(fi->fh);
+	int32_t id = take_backing(fi);
 
 	if (id <= 0)
 		return libfuse.reply_create(req, e, fi);
@@ -232,9 +192,9 @@ int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *buf)
 {
 	ssize_t n;
 
-	if (!buffer)
+	if (!session.buffer)
 		return libfuse.receive_buf(se, buf);
-	n = read(libfuse.session_fd(se), buffer, buffer_size);
+	n = read(libfuse.session_fd(se), session.buffer, session.buffer_size);
 	if (libfuse.session_exited(se))
 		return 0;
 	if (n < 0 && errno == ENODEV) {		/* unmounted */
@@ -273,11 +233,12 @@ static void answer_init(const struct fuse_buf *request, const char *reply, ssize
 	char *bytes = (char *)reply;
 	Py_ssize_t n = len;
 
-	edited = call(edit_init, "(y#y#)", request->mem, (Py_ssize_t)request->size, reply,
-		      (Py_ssize_t)len);
+	edited = call(session.edit_init, "(y#y#)", request->mem, (Py_ssize_t)request->size,
+		      reply, (Py_ssize_t)len);
 	if (edited && PyBytes_AsStringAndSize(edited, &bytes, &n) < 0)
-		PyErr_WriteUnraisable(edit_init);
-	if (write(device, bytes, n) < 0 && bytes != reply && write(device, reply, len) < 0)
+		PyErr_WriteUnraisable(session.edit_init);
+	if (write(session.device, bytes, n) < 0 && bytes != reply &&
+	    write(session.device, reply, len) < 0)
 		perror("largefs: reply to FUSE_INIT");
 	Py_XDECREF(edited);
 }
@@ -293,11 +254,11 @@ static void process_init(struct fuse_session *se, const struct fuse_buf *request
 	char reply[4096];
 	ssize_t len;
 
-	device = fd;
-	if (buffer)
+	session.device = fd;
+	if (session.buffer)
 		fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
 	kept = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-	if (!edit_init || kept < 0 ||
+	if (!session.edit_init || kept < 0 ||
 	    socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair)) {
 		libfuse.process_buf(se, request);
 		goto out;
@@ -326,15 +287,36 @@ static void name_directory(struct fuse_in_header *in, size_t size)
 		*fh = in->nodeid;
 }
 
+/* Does the kernel leave it to us to clear the file's setuid and setgid bits (KILLPRIV_V2)? */
+static bool kills_privileges(const struct fuse_in_header *in, size_t size)
+{
+	const void *body = in + 1;
+
+	size -= sizeof(*in);
+	switch (in->opcode) {
+	case FUSE_WRITE:
+		return size >= sizeof(struct fuse_write_in) &&
+		       ((const struct fuse_write_in *)body)->write_flags & FUSE_WRITE_KILL_SUIDGID;
+	case FUSE_SETATTR:
+		return size >= sizeof(struct fuse_setattr_in) &&
+		       ((const struct fuse_setattr_in *)body)->valid & FATTR_KILL_SUIDGID;
+	case FUSE_OPEN:
+		return size >= sizeof(struct fuse_open_in) &&
+		       ((const struct fuse_open_in *)body)->open_flags & FUSE_OPEN_KILL_SUIDGID;
+	default:
+		return false;
+	}
+}
+
 /* Has Python taken the request? */
 static bool dispatched(const struct fuse_in_header *in, size_t size)
 {
 	PyObject *taken;
 	bool result;
 
-	if (!dispatch)
+	if (!session.dispatch)
 		return false;
-	taken = call(dispatch, "(Iy#)", in->opcode, (const char *)in, (Py_ssize_t)size);
+	taken = call(session.dispatch, "(Iy#)", in->opcode, (const char *)in, (Py_ssize_t)size);
 	result = taken == Py_True;
 	Py_XDECREF(taken);
 	return result;
@@ -345,8 +327,8 @@ void fuse_session_process_buf(struct fuse_session *se, const struct fuse_buf *bu
 	struct fuse_buf request = *buf;
 	struct fuse_in_header *in;
 
-	if (buffer)
-		request.mem = buffer;
+	if (session.buffer)
+		request.mem = session.buffer;
 	if (!(request.flags & FUSE_BUF_IS_FD)) {
 		in = request.mem;
 		current = in->unique;
@@ -359,6 +341,13 @@ void fuse_session_process_buf(struct fuse_session *se, const struct fuse_buf *bu
 		case FUSE_FSYNCDIR:
 			name_directory(in, request.size);
 			break;
+		case FUSE_WRITE:
+		case FUSE_SETATTR:
+		case FUSE_OPEN:
+			if (kills_privileges(in, request.size) &&
+			    dispatched(in, Py_MIN(request.size, sizeof(*in) + 64)))
+				return;
+			break;
 		case FUSE_FALLOCATE:
 		case FUSE_LSEEK:
 		case FUSE_COPY_FILE_RANGE:
@@ -370,137 +359,4 @@ void fuse_session_process_buf(struct fuse_session *se, const struct fuse_buf *bu
 		}
 	}
 	libfuse.process_buf(se, &request);
-}
-
-/* ------------------------------------------------------ the Python module */
-
-static PyObject *attach(PyObject *self, PyObject *args)
-{
-	const struct {
-		const char *name;
-		void *function;
-		bool optional;
-	} functions[] = {
-		{ "fuse_session_new", &libfuse.session_new, false },
-		{ "fuse_session_new_versioned", &libfuse.session_new_versioned, true },
-		{ "fuse_session_receive_buf", &libfuse.receive_buf, false },
-		{ "fuse_session_process_buf", &libfuse.process_buf, false },
-		{ "fuse_session_fd", &libfuse.session_fd, false },
-		{ "fuse_session_exit", &libfuse.session_exit, false },
-		{ "fuse_session_exited", &libfuse.session_exited, false },
-		{ "fuse_reply_open", &libfuse.reply_open, false },
-		{ "fuse_reply_create", &libfuse.reply_create, false },
-		{ "fuse_reply_none", &libfuse.reply_none, false },
-		{ "fuse_add_direntry_plus", &libfuse.add_direntry_plus, false },
-	};
-	const char *path;
-	void *pyfuse3;
-
-	if (!PyArg_ParseTuple(args, "s", &path))
-		return NULL;
-	pyfuse3 = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
-	if (!pyfuse3)
-		return PyErr_Format(PyExc_OSError, "%s", dlerror());
-	/* Looked up through pyfuse3, dlsym() finds the libfuse that pyfuse3 is linked to. */
-	for (size_t i = 0; i < Py_ARRAY_LENGTH(functions); i++) {
-		void *function = dlsym(pyfuse3, functions[i].name);
-
-		if (!function && !functions[i].optional)
-			return PyErr_Format(PyExc_OSError, "%s", dlerror());
-		*(void **)functions[i].function = function;
-	}
-	Py_RETURN_NONE;
-}
-
-static PyObject *negotiate(PyObject *self, PyObject *args)
-{
-	Py_ssize_t size;
-	PyObject *function;
-	void *memory;
-
-	if (!PyArg_ParseTuple(args, "nO", &size, &function))
-		return NULL;
-	if (buffer) {
-		munmap(buffer, buffer_size);
-		buffer = NULL;
-	}
-	memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (memory == MAP_FAILED)
-		return PyErr_SetFromErrno(PyExc_OSError);
-	buffer = memory;
-	buffer_size = size;
-	Py_XSETREF(edit_init, Py_NewRef(function));
-	Py_RETURN_NONE;
-}
-
-static PyObject *serve(PyObject *self, PyObject *function)
-{
-	Py_XSETREF(dispatch, function == Py_None ? NULL : Py_NewRef(function));
-	Py_RETURN_NONE;
-}
-
-static PyObject *reply(PyObject *self, PyObject *args)
-{
-	const char *message;
-	Py_ssize_t size;
-
-	if (!PyArg_ParseTuple(args, "y#", &message, &size))
-		return NULL;
-	/* ENOENT: the process that asked is gone. */
-	if (write(device, message, size) < 0 && errno != ENOENT)
-		return PyErr_SetFromErrno(PyExc_OSError);
-	Py_RETURN_NONE;
-}
-
-static PyObject *backing_open(PyObject *self, PyObject *args)
-{
-	struct backing_map map = {};
-	int id;
-
-	if (!PyArg_ParseTuple(args, "i", &map.fd))
-		return NULL;
-	id = ioctl(device, BACKING_OPEN, &map);
-	return id < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(id);
-}
-
-static PyObject *backing_close(PyObject *self, PyObject *args)
-{
-	uint32_t id;
-
-	if (!PyArg_ParseTuple(args, "I", &id))
-		return NULL;
-	if (ioctl(device, BACKING_CLOSE, &id) < 0)
-		return PyErr_SetFromErrno(PyExc_OSError);
-	Py_RETURN_NONE;
-}
-
-static PyMethodDef methods[] = {
-	{ "attach", attach, METH_VARARGS,
-	  "attach(path): find the libfuse of the loaded pyfuse3 extension at path." },
-	{ "negotiate", negotiate, METH_VARARGS,
-	  "negotiate(size, edit): receive with a buffer of size bytes; edit(request, reply) -> reply of INIT." },
-	{ "serve", serve, METH_O,
-	  "serve(dispatch): offer the requests that pyfuse3 lacks to dispatch(opcode, message) -> bool." },
-	{ "reply", reply, METH_VARARGS, "reply(message): write to the device." },
-	{ "backing_open", backing_open, METH_VARARGS, "backing_open(fd) -> id" },
-	{ "backing_close", backing_close, METH_VARARGS, "backing_close(id)" },
-	{}
-};
-
-static struct PyModuleDef definition = {
-	PyModuleDef_HEAD_INIT,
-	.m_name = "_companion",
-	.m_doc = "Functions in front of libfuse's; see companion.c.",
-	.m_size = -1,
-	.m_methods = methods,
-};
-
-PyMODINIT_FUNC PyInit__companion(void)
-{
-	PyObject *module = PyModule_Create(&definition);
-
-	backing = PyDict_New();
-	if (!module || !backing || PyModule_AddObjectRef(module, "backing", backing) < 0)
-		return NULL;
-	return module;
 }

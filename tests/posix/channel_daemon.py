@@ -2,10 +2,11 @@
 
     python channel_daemon.py OPTIONS-AS-JSON SOURCE MOUNTPOINT
 
-Prints one JSON line when INIT is settled (and one per request that the test asks to see, on stderr);
-ends when unmounted. Node ids are 1 for the root and the source's inode numbers for its files.
+Prints a JSON line when INIT is settled and, with "trace", one for each READ and WRITE; ends when
+unmounted. Node ids are 1 for the root and the source's inode numbers for its files.
 """
 
+import ctypes
 import errno
 import json
 import os
@@ -13,18 +14,20 @@ import stat
 import sys
 from typing import Any
 
-try:
-    from largefs.channel import Channel, Unavailable, Wanted, load
+from largefs.channel import Channel, Unavailable, Wanted, load
 
+options: dict[str, Any] = json.loads(sys.argv[1])
+source = sys.argv[2]
+libc = ctypes.CDLL(None, use_errno=True)
+try:
+    if options.get("absent"):
+        raise Unavailable("as asked")
     channel: Channel | None = load()
 except Unavailable:
     channel = None
 
-import pyfuse3
-import trio
-
-options: dict[str, Any] = json.loads(sys.argv[1])
-source = sys.argv[2]
+import pyfuse3  # noqa: E402  (after load)
+import trio  # noqa: E402
 
 
 def say(**event: Any) -> None:
@@ -55,7 +58,9 @@ class Flat(pyfuse3.Operations):
         return source if inode == pyfuse3.ROOT_INODE else self.path[inode]
 
     async def getattr(self, inode, ctx=None):
-        return self.attributes(os.lstat(self.at(inode)), inode)
+        return self.attributes(
+            os.stat(self.at(inode), follow_symlinks="/proc/" in self.at(inode)), inode
+        )
 
     async def lookup(self, parent, name, ctx=None):
         path = os.path.join(source, os.fsdecode(name))
@@ -65,6 +70,10 @@ class Flat(pyfuse3.Operations):
             raise pyfuse3.FUSEError(e.errno) from e
         self.path[st.st_ino] = path
         return self.attributes(st)
+
+    def kill_privileges(self, inode):
+        st = os.stat(self.at(inode))
+        os.chmod(self.at(inode), stat.S_IMODE(st.st_mode) & ~(stat.S_ISUID | stat.S_ISGID))
 
     async def setattr(self, inode, attr, fields, fh, ctx):
         if fields.update_size:
@@ -83,7 +92,12 @@ class Flat(pyfuse3.Operations):
 
     async def open(self, inode, flags, ctx):
         fd = os.open(self.at(inode), os.O_RDWR | flags & os.O_TRUNC)
-        return self.opened(fd, bool(flags & os.O_DIRECT))
+        told = channel and channel.negotiated and channel.negotiated.kill_privileges
+        if flags & os.O_TRUNC and ctx.uid and not told:
+            self.kill_privileges(inode)
+        privileged = os.fstat(fd).st_mode & (stat.S_ISUID | stat.S_ISGID)
+        writes = flags & os.O_ACCMODE != os.O_RDONLY
+        return self.opened(fd, direct=bool(writes and privileged))
 
     async def create(self, parent, name, mode, flags, ctx):
         path = os.path.join(source, os.fsdecode(name))
@@ -111,6 +125,27 @@ class Flat(pyfuse3.Operations):
     async def flush(self, fh):
         pass
 
+    async def fallocate(self, fh, mode, offset, length):
+        if offset == options.get("bug_at"):
+            raise ValueError("a bug in a handler")
+        if libc.fallocate(fh, mode, ctypes.c_long(offset), ctypes.c_long(length)):
+            raise pyfuse3.FUSEError(ctypes.get_errno())
+
+    async def lseek(self, fh, offset, whence):
+        try:
+            return os.lseek(fh, offset, whence)
+        except OSError as e:
+            raise pyfuse3.FUSEError(e.errno) from e
+
+    async def copy_file_range(self, fh_in, offset_in, fh_out, offset_out, length, flags):
+        return os.copy_file_range(fh_in, fh_out, length, offset_in, offset_out)
+
+    async def tmpfile(self, parent, mode, flags, ctx):
+        fd = os.open(source, os.O_TMPFILE | os.O_RDWR, mode)
+        st = os.fstat(fd)
+        self.path[st.st_ino] = f"/proc/self/fd/{fd}"
+        return self.opened(fd), self.attributes(st)
+
     async def unlink(self, parent, name, ctx):
         os.unlink(os.path.join(source, os.fsdecode(name)))
 
@@ -131,8 +166,6 @@ class Flat(pyfuse3.Operations):
         assert fh == pyfuse3.ROOT_INODE or channel is None, fh
 
     async def getxattr(self, inode, name, ctx):
-        if name == b"user.raise":
-            raise ValueError("a bug in a handler")
         raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
 
     async def statfs(self, ctx):
@@ -146,7 +179,7 @@ class Flat(pyfuse3.Operations):
 
 async def main() -> None:
     operations = Flat()
-    if channel:
+    if channel and options.get("want", True):
         channel.want(Wanted(**options.get("wanted", {"passthrough": False})))
     pyfuse3.init(operations, sys.argv[3], {"default_permissions", "allow_other", "fsname=flat"})
     try:
@@ -161,7 +194,7 @@ async def main() -> None:
 
 
 async def settled() -> None:
-    while channel and not channel.negotiated:
+    while channel and options.get("want", True) and not channel.negotiated:
         await trio.sleep(0.01)
     n = channel and channel.negotiated
     say(negotiated=n and vars(n))
