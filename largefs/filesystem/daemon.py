@@ -117,6 +117,8 @@ class Mount:
             passthrough=route in (None, Route.PASSTHROUGH) and routes.has_cap_sys_admin(),
             max_stack_depth=probe.stack_depth,
             large_folios=route in (None, Route.FOLIO),
+            kill_privileges=True,
+            dont_mask=True,
         )
 
     def _fuse_options(self) -> set[str]:

@@ -90,6 +90,12 @@ class Files:
         negotiated = self._channel.negotiated if self._channel else None
         return negotiated is not None and negotiated.passthrough
 
+    @property
+    def told_of_privileges(self) -> bool:
+        """Whether the kernel asks the filesystem to clear set-ID bits, rather than doing it itself."""
+        negotiated = self._channel.negotiated if self._channel else None
+        return negotiated is not None and negotiated.kill_privileges
+
     def is_open(self, inode: int) -> bool:
         """Whether any handle of the inode is open."""
         return inode in self._open

@@ -180,7 +180,7 @@ class Filesystem(pyfuse3.Operations):
         """chmod, chown, utimensat and truncate."""
         row = self._store.get(inode)
         if fields.update_size:
-            await self._truncate(row, attr.st_size, fh, ctx)
+            await self._truncate(row, attr.st_size, fh)
             row = self._store.get(inode)
         columns: dict[str, int] = {"ctime_ns": time.time_ns()}
         if fields.update_mode:
@@ -215,34 +215,29 @@ class Filesystem(pyfuse3.Operations):
                 columns["mode"] = mode
         return columns
 
-    async def _truncate(
-        self, row: Inode, size: int, fh: FileHandleT | None, ctx: RequestContext
-    ) -> None:
+    async def _truncate(self, row: Inode, size: int, fh: FileHandleT | None) -> None:
         if not stat.S_ISREG(row.mode):
             raise FUSEError(errno.EISDIR if stat.S_ISDIR(row.mode) else errno.EINVAL)
         if fh is not None and is_writable(fh):
             os.ftruncate(self._files.write_fd(fh), size)
         else:
             await self._files.change(row.id, lambda fd: os.ftruncate(fd, size))
-        self._content_changed(row, ctx)
-
-    def _content_changed(self, row: Inode, ctx: RequestContext) -> None:
-        """Take away what a file's old content was trusted with (FUSE_HANDLE_KILLPRIV_V2).
-
-        The kernel leaves this to the server and, with passthrough, does not show it the writes: so it
-        happens when a file is opened for writing or truncated. Root keeps set-ID bits, as
-        CAP_FSETID has it. While the file is open for writing nobody can execute it (ETXTBSY).
-        """
         self._remove_capability(row.id)
-        if ctx.uid != 0 and (mode := drop_privilege_bits(row)) != row.mode:
-            self._store.set_attributes(row.id, mode=mode, ctime_ns=time.time_ns())
+
+    def kill_privileges(self, inode: int) -> None:
+        """Clear what a file's old content was trusted with: set-ID bits and capabilities.
+
+        The channel calls it where the kernel asks for it (FUSE_HANDLE_KILLPRIV_V2): at a write or
+        truncation by somebody without CAP_FSETID.
+        """
+        row = self._store.get(inode)
+        if (mode := drop_privilege_bits(row)) != row.mode:
+            self._store.set_attributes(inode, mode=mode, ctime_ns=time.time_ns())
+        self._remove_capability(inode)
 
     def _remove_capability(self, inode: int) -> None:
-        try:
+        if self._store.has_xattr(inode, CAPABILITY):
             self._store.remove_xattr(inode, CAPABILITY)
-        except OSError as e:
-            if e.errno != errno.ENODATA:
-                raise
 
     @handler
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> bytes:
@@ -380,18 +375,31 @@ class Filesystem(pyfuse3.Operations):
         writable = truncate or flags & os.O_ACCMODE != os.O_RDONLY
         file = await self._files.open(inode, writable=writable)
         fh = handle(inode, writable=writable)
+        direct = False
         try:
+            if truncate:
+                if ctx.uid and not self._files.told_of_privileges:
+                    self.kill_privileges(inode)
+                self._remove_capability(inode)
+                os.ftruncate(self._files.write_fd(fh), 0)
             if writable:
-                self._content_changed(self._store.get(inode), ctx)
-                if truncate:
-                    os.ftruncate(self._files.write_fd(fh), 0)
+                direct = self._is_privileged(inode)
             else:
                 await self._before_reading(self._store.get(inode), file.fd, flags)
         except BaseException:
             self._files.release(fh)
             raise
         self._files.announce(file, fh)
-        return FileInfo(fh=fh, keep_cache=True)
+        return FileInfo(fh=fh, direct_io=direct, keep_cache=True)
+
+    def _is_privileged(self, inode: int) -> bool:
+        """Whether writes must come here, to take privileges away: the kernel hides those it does itself.
+
+        Mappings still go to the backing file, where nothing can be taken away at the right moment; but
+        nobody can execute a file that is open for writing (ETXTBSY).
+        """
+        row = self._store.get(inode)
+        return drop_privilege_bits(row) != row.mode or self._store.has_xattr(inode, CAPABILITY)
 
     async def _before_reading(self, row: Inode, fd: int, flags: int) -> None:
         await self._verify.on_open(row)
@@ -444,6 +452,7 @@ class Filesystem(pyfuse3.Operations):
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         """Write where the kernel does not do it itself."""
         fd = self._files.write_fd(fh)
+        self._remove_capability(inode_of(fh))
         if len(buf) <= INLINE:
             write_full(fd, buf, off)
         else:

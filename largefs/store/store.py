@@ -672,6 +672,11 @@ class Store:
             raise fail(errno.ENODATA)
         return bytes(row[0])
 
+    def has_xattr(self, inode: int, name: bytes) -> bool:
+        """Whether an inode has the extended attribute."""
+        query = "SELECT 1 FROM xattrs WHERE inode = ? AND name = ?"
+        return self._one(query, inode, name) is not None
+
     def xattrs(self, inode: int) -> dict[bytes, bytes]:
         """All extended attributes of an inode."""
         return dict(self._all("SELECT name, value FROM xattrs WHERE inode = ?", inode))

@@ -57,7 +57,7 @@ def coverage(pid: int, mountpoint: Path) -> tuple[int, float]:
 
 @contextmanager
 def at_work(*command: str | Path, **options: object) -> Iterator[subprocess.Popen[bytes]]:
-    """A program whose standard output nobody reads: it stops when the pipe is full, its work done."""
+    """A program whose output nobody reads: it stops when the pipe is full, its work done."""
     child = subprocess.Popen(
         [*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options
     )

@@ -310,6 +310,24 @@ def set_id_bits_after_writing(d: str) -> Iterator[object]:
             yield oct(change(action))
     os.chmod(f, 0o4755)
     yield as_nobody(lambda: os.stat(f).st_mode if os.truncate(f, 1) is None else 0)
+    capability = bytes.fromhex("0100000200040000000000000000000000000000")
+    for action in (
+        lambda fd: os.pwrite(fd, b"x", 0),
+        lambda fd: os.ftruncate(fd, 3),
+        lambda fd: os.close(os.open(f, os.O_WRONLY | os.O_TRUNC)),
+        lambda fd: os.fchown(fd, 5, 5),
+        lambda fd: fallocate(fd, 0, 0, 100),
+        lambda fd: None,
+    ):
+        os.setxattr(f, "security.capability", capability)
+        os.chmod(f, 0o6755)
+        yield change(action), os.listxattr(f)
+    os.chown(f, NOBODY, NOBODY)
+    os.chmod(f, 0o4755)
+    fd = os.open(f, os.O_RDWR)  # handed to somebody with fewer rights
+    yield as_nobody(os.pwrite, fd, b"x", 0), os.stat(f).st_mode
+    os.close(fd)
+    yield as_nobody(lambda: os.close(os.open(f, os.O_WRONLY | os.O_TRUNC))), os.stat(f).st_mode
 
 
 @case
@@ -615,7 +633,7 @@ def test_parity(
 
 
 def test_known_limit_no_collapse_and_insert(mounts: Mounts) -> None:
-    """fuse_file_fallocate() in the kernel's fs/fuse/file.c refuses these modes before any server sees them."""
+    """fuse_file_fallocate() in fs/fuse/file.c refuses these modes before a server sees them."""
     fd = os.open(write(f"{mounts.make().path}/f", b"x" * MIB), os.O_RDWR)
     for mode in (COLLAPSE, INSERT):
         assert outcome(fallocate, fd, mode, 0, 4096) == "ENOTSUP"
