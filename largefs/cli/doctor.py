@@ -125,10 +125,10 @@ def _routes(store: str | None, able: bool) -> tuple[list[Finding], routes.Route]
         if offer.route is routes.Route.NONE:
             do = "take one of the remedies above"
             findings.append(Finding("warn", name, f"taken: {offer.reason}", do))
-        elif offer.usable and able:
+        elif offer.works and able:
             findings.append(Finding("ok", name, f"taken: {offer.reason}"))
         else:
-            lack = ", but the companion is missing" if offer.usable else ""
+            lack = ", but the companion is missing" if offer.works else ""
             prefix = "open" if offer.works else "closed"
             what = f"{prefix}: {offer.reason}{lack}"
             findings.append(Finding("ok", name, what, offer.remedy))

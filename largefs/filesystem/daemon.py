@@ -24,7 +24,7 @@ from largefs.filesystem.hints import Hints
 from largefs.filesystem.operations import Filesystem
 from largefs.filesystem.options import Options
 from largefs.filesystem.verify import Verify
-from largefs.filesystem.warmup import Warmup, When
+from largefs.filesystem.warmup import Warmup
 from largefs.hugetext import routes, text
 from largefs.hugetext.routes import Route
 from largefs.store import Store
@@ -77,13 +77,12 @@ class Mount:
         self._options = options
         self._commits = Commits(store, options.commit)
         self._files = Files(store, self._commits, CHANNEL, _has_eligible_text)
-        self._warmup = Warmup(store, When.OFF)
-        self._route = Route.NONE
+        self._warmup = Warmup(store, options.hugetext, mountpoint)
         self._operations = Filesystem(
             store,
             self._files,
             self._commits,
-            Hints(store, lambda: self._route),
+            Hints(store, lambda: self._warmup.route),
             self._warmup,
             Verify(store, enabled=options.verify),
             opendir_needed=CHANNEL is None,
@@ -157,17 +156,21 @@ class Mount:
 
     def _choose_route(self, probe: routes.Probe) -> str:
         """Take the first route that works, and say in one line what that means."""
-        usable = {offer.route for offer in probe.offers if offer.usable}
+        usable = {offer.route for offer in probe.offers if offer.works}
         if not self._files.passthrough:
             usable.discard(Route.PASSTHROUGH)
+        if not self._files.large_folios:
+            usable.discard(Route.FOLIO)
         wanted = self._options.route or next((r for r in Route if r in usable), Route.NONE)
-        self._route = wanted if wanted in usable else Route.NONE
-        if self._route is Route.PASSTHROUGH:
-            self._warmup.when = self._options.hugetext
-        if self._route is Route.NONE:
-            why = NO_CHANNEL_REASON or probe.offers[0].reason
-            return f"text in 4 KiB pages: {why} (largefs doctor {self._store.path} says more)"
-        return f"2 MiB pages by the route {self._route.value}"
+        route = wanted if wanted in usable else Route.NONE
+        self._warmup.route = route
+        if route is not Route.NONE:
+            return f"2 MiB pages by the route {route.value}"
+        offers = {offer.route: offer.reason for offer in probe.offers}
+        why = NO_CHANNEL_REASON or offers[wanted if wanted is not route else Route.PASSTHROUGH]
+        if wanted is Route.NONE:
+            why = "asked for" if self._options.route else why
+        return f"text in 4 KiB pages: {why} (largefs doctor {self._store.path} says more)"
 
     async def _wait_for_signal(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import pyfuse3
 import trio
 
-from largefs.channel import Channel
+from largefs.channel import Channel, Negotiated
 from largefs.filesystem.commits import Commits
 from largefs.store import Inode, Store
 
@@ -87,14 +87,21 @@ class Files:
     @property
     def passthrough(self) -> bool:
         """Whether the kernel reads and writes backing files itself."""
-        negotiated = self._channel.negotiated if self._channel else None
-        return negotiated is not None and negotiated.passthrough
+        return self._negotiated is not None and self._negotiated.passthrough
+
+    @property
+    def large_folios(self) -> bool:
+        """Whether the kernel's own cache of these files may hold 2 MiB folios."""
+        return self._negotiated is not None and self._negotiated.large_folios
 
     @property
     def told_of_privileges(self) -> bool:
         """Whether the kernel asks the filesystem to clear set-ID bits, rather than doing it itself."""
-        negotiated = self._channel.negotiated if self._channel else None
-        return negotiated is not None and negotiated.kill_privileges
+        return self._negotiated is not None and self._negotiated.kill_privileges
+
+    @property
+    def _negotiated(self) -> Negotiated | None:
+        return self._channel.negotiated if self._channel else None
 
     def is_open(self, inode: int) -> bool:
         """Whether any handle of the inode is open."""

@@ -385,7 +385,7 @@ class Filesystem(pyfuse3.Operations):
             if writable:
                 direct = self._is_privileged(inode)
             else:
-                await self._before_reading(self._store.get(inode), file.fd, flags)
+                await self._before_reading(self._store.get(inode), file.fd, flags, ctx.pid)
         except BaseException:
             self._files.release(fh)
             raise
@@ -401,9 +401,9 @@ class Filesystem(pyfuse3.Operations):
         row = self._store.get(inode)
         return drop_privilege_bits(row) != row.mode or self._store.has_xattr(inode, CAPABILITY)
 
-    async def _before_reading(self, row: Inode, fd: int, flags: int) -> None:
+    async def _before_reading(self, row: Inode, fd: int, flags: int, pid: int) -> None:
         await self._verify.on_open(row)
-        await self._warmup.on_open(row, fd, flags)
+        await self._warmup.on_open(row, fd, flags, pid)
 
     @handler
     async def create(

@@ -1,8 +1,13 @@
 """Warm-up at open: a program's text is in 2 MiB folios of the page cache before it faults on it.
 
-On the `passthrough` route the mapping is the backing file's, so the daemon reads the backing file's
-eligible text in 2 MiB folios when the file is opened for execution, or is a shared object and is opened
-for reading (ld.so's open() tells nothing more). Folios that are there already cost a look.
+It happens when a file is opened for execution, or is a shared object and is opened for reading (ld.so's
+open() tells nothing more). What is done depends on the route:
+
+passthrough   the mapping is the backing file's: its eligible text is read in 2 MiB folios, in a thread
+collapse      a helper process collapses the text through the mount
+folio, none   nothing: the kernel does it by itself, or nothing can be done
+
+Folios that are there already cost a look.
 """
 
 import enum
@@ -10,10 +15,12 @@ import logging
 import os
 import threading
 from functools import partial
+from pathlib import Path
 
 import trio
 
-from largefs.hugetext import text, warm
+from largefs.hugetext import collapse, text, warm
+from largefs.hugetext.routes import Route
 from largefs.store import Inode, Store
 
 log = logging.getLogger(__name__)
@@ -35,23 +42,29 @@ class When(enum.Enum):
 class Warmup:
     """The warm-ups of a mount."""
 
-    def __init__(self, store: Store, when: When) -> None:
+    def __init__(self, store: Store, when: When, mountpoint: Path) -> None:
         self._store = store
-        self.when = when
+        self._when = when
+        self._mountpoint = os.fsencode(mountpoint)
+        self._helper = collapse.Helper()
+        self.route = Route.NONE
+        """What to do; to be set when it is known."""
         self._texts: dict[tuple[int, int], text.Text] = {}  # (inode, mtime) -> its text
         self._running: dict[int, trio.Event] = {}
         self._limiter = trio.CapacityLimiter(THREADS)
         self._stop = threading.Event()
         self._send, self._background = trio.open_memory_channel[int](1000)
 
-    async def on_open(self, row: Inode, fd: int, flags: int) -> None:
-        """Warm a file that is opened for reading, if it has eligible text that is about to run."""
-        if not row.huge or row.writing or self.when is When.OFF:
+    async def on_open(self, row: Inode, fd: int, flags: int, pid: int) -> None:
+        """Warm a file that process `pid` opens for reading, if its eligible text is about to run."""
+        if not row.huge or row.writing or self._when is When.OFF:
+            return
+        if self.route not in (Route.PASSTHROUGH, Route.COLLAPSE) or pid == self._helper.pid:
             return
         found = self._text(row, fd)
         if not found.ranges or not (flags & FMODE_EXEC or found.is_shared_object):
             return
-        if self.when is When.OPEN:
+        if self._when is When.OPEN:
             await self._warm(row.id)
         else:
             try:
@@ -75,22 +88,32 @@ class Warmup:
             return
         done = self._running[inode] = trio.Event()
         try:
-            await trio.to_thread.run_sync(
-                partial(self._warm_in_thread, inode), limiter=self._limiter
-            )
+            work = partial(self._warm_backing, inode)
+            if self.route is Route.COLLAPSE:
+                path = self._mountpoint + self._store.path_of(inode)
+                work = partial(self._collapse, inode, path)
+            await trio.to_thread.run_sync(work, limiter=self._limiter)
         except OSError as e:
             log.warning("inode %d: warm-up failed: %s", inode, e)
         finally:
             del self._running[inode]
             done.set()
 
-    def _warm_in_thread(self, inode: int) -> None:
+    def _warm_backing(self, inode: int) -> None:
         fd = self._store.backing.open(inode, os.O_RDONLY)
         try:
             for r in text.of_file(fd).ranges:
                 warm.warm_range(fd, r.offset, r.length, self._stop.is_set)
         finally:
             os.close(fd)
+
+    def _collapse(self, inode: int, path: bytes) -> None:
+        fd = self._store.backing.open(inode, os.O_RDONLY)
+        try:
+            ranges = text.of_file(fd).ranges
+        finally:
+            os.close(fd)
+        self._helper.collapse(path, [(r.offset, r.length) for r in ranges])
 
     async def run_background(self) -> None:
         """Do the warm-ups that no open waits for, for ever."""
@@ -100,3 +123,4 @@ class Warmup:
     def stop(self) -> None:
         """Have running warm-ups end soon."""
         self._stop.set()
+        self._helper.stop()

@@ -43,11 +43,6 @@ class Route(Enum):
     NONE = "none"
 
 
-# The routes that this version of largefs can take; the others are probed and reported, never
-# chosen.
-IMPLEMENTED = frozenset({Route.PASSTHROUGH, Route.NONE})
-
-
 @dataclass(frozen=True, slots=True)
 class Offer:
     """Whether a route is open, why, and what would open it."""
@@ -56,11 +51,6 @@ class Offer:
     works: bool  # the kernel and the store allow it
     reason: str
     remedy: str = ""  # empty if there is nothing to do
-
-    @property
-    def usable(self) -> bool:
-        """It works, and this version of largefs can take it."""
-        return self.works and self.route in IMPLEMENTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +67,8 @@ class Probe:
 
     @property
     def best(self) -> Offer:
-        """The first usable route; Route.NONE always is."""
-        return next(offer for offer in self.offers if offer.usable)
+        """The first route that works; Route.NONE always does."""
+        return next(offer for offer in self.offers if offer.works)
 
 
 def probe(store_dir: str | os.PathLike[str], offered: int | None = None) -> Probe:
@@ -197,7 +187,7 @@ def _folio(offered: int | None) -> Offer:
             f"the kernel offers large folios, but requests end at {limit} pages",
             f"sysctl fs.fuse.max_pages_limit={PMD // mappings.PAGE}",
         )
-    return Offer(Route.FOLIO, True, "this kernel's FUSE offers large folios" + _unused(Route.FOLIO))
+    return Offer(Route.FOLIO, True, "this kernel's FUSE offers large folios")
 
 
 def _collapse(error: int, fstype: str) -> Offer:
@@ -214,11 +204,7 @@ def _collapse(error: int, fstype: str) -> Offer:
         )
     if fstype == "tmpfs":  # collapses on any kernel, and so tells nothing of other filesystems
         return Offer(Route.COLLAPSE, False, "a store on tmpfs cannot be used to try MADV_COLLAPSE")
-    return Offer(Route.COLLAPSE, True, "MADV_COLLAPSE works on files" + _unused(Route.COLLAPSE))
-
-
-def _unused(route: Route) -> str:
-    return "" if route in IMPLEMENTED else ", which this version of largefs does not use yet"
+    return Offer(Route.COLLAPSE, True, "MADV_COLLAPSE works on files")
 
 
 @contextmanager

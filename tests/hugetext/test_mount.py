@@ -29,7 +29,8 @@ CPP = """
 #include <regex>
 #include <string>
 template<int N> struct Work { std::map<int, std::string> m; int go() {
-  std::regex r("a(b|c)*d"); m[N] = std::to_string(N); return std::regex_match(m[N], r) + Work<N - 1>().go(); } };
+  std::regex r("a(b|c)*d"); m[N] = std::to_string(N);
+  return std::regex_match(m[N], r) + Work<N - 1>().go(); } };
 template<> struct Work<0> { int go() { return 0; } };
 int main() { return Work<40>().go(); }
 """

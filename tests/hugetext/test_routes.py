@@ -61,12 +61,10 @@ def test_kernel_that_does_not_offer_passthrough(disk: Path) -> None:
     assert found.best.route is Route.NONE
 
 
-def test_folio_is_reported_and_not_taken_before_it_is_implemented(disk: Path) -> None:
+def test_folio_needs_requests_of_2_mib(disk: Path) -> None:
     found = probe(disk, offered=FUSE_LARGE_FOLIOS)
     folio = offer(found, Route.FOLIO)
     assert folio.works == ((routes.max_pages_limit() or 256) >= 512)
-    if Route.FOLIO not in routes.IMPLEMENTED:
-        assert found.best.route is not Route.FOLIO
     assert not offer(probe(disk, offered=0), Route.FOLIO).works
 
 
