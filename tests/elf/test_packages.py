@@ -30,7 +30,7 @@ PMD = 2 << 20
 
 @pytest.fixture
 def scratch(tmp_path: Path) -> Iterator[Path]:
-    """In memory where there is enough of it: hundreds of megabytes are written and dropped again."""
+    """In memory where there is enough of it: each big file is written twice, and dropped."""
     shm = Path("/dev/shm")
     if not shm.is_dir() or shutil.disk_usage(shm).free < 2 << 30:
         yield tmp_path
