@@ -43,7 +43,7 @@ from largefs.hugetext.elf import (
     Segment,
     read,
 )
-from largefs.hugetext.eligible import describe, is_readonly, is_text, span
+from largefs.hugetext.eligible import Range, is_readonly, is_text, span, text_ranges, text_size
 from largefs.hugetext.view import Layout, Patch, Piece, View, decode, encode, invert, reshape
 
 
@@ -64,10 +64,11 @@ class Plan:
     undo: Layout
     """How to get the original back from the file so written."""
     text: int
+    """Text in whole mapped pages."""
     before: int
-    """Eligible text as the file is."""
-    after: int
-    """Eligible text as planned."""
+    """Eligible text of the file as it is."""
+    ranges: tuple[Range, ...]
+    """Eligible text of the file as planned."""
     reason: str
     """What is done and, after a semicolon, why no more is; or why nothing is."""
 
@@ -75,6 +76,11 @@ class Plan:
     def changed(self) -> bool:
         """Whether the written file differs from its source."""
         return bool(self.layout.patches)
+
+    @property
+    def after(self) -> int:
+        """Eligible text of the file as planned, in bytes."""
+        return sum(r.length for r in self.ranges)
 
     def record(self) -> bytes:
         """What to keep beside the written file, so that `restore` can undo the plan."""
@@ -92,25 +98,34 @@ def plan(view: View, mode: Mode, signed: str = "") -> Plan:
     `signed` names what vouches for the file's bytes from outside, such as a security.ima attribute
     or a detached checksum that the program verifies: such a file is left as it is.
     """
-    now = describe(view)
+    same = Layout.identity(view.size)
     try:
-        if mode is Mode.OFF:
-            raise _Leave("alignment is off")
         elf = read(view)
-        _refuse(view, elf, signed)
-        moves, limit = _moves(view, elf, mode)
-        patches, done = _patches(elf, moves)
-        if not patches:
-            raise _Leave(limit or "nothing to do: fixed addresses or p_align of 2 MiB already")
-        layout = Layout(view.size + moves.by[-1], moves.pieces(view.size), patches)
-        after = describe(reshape(view, layout)).eligible
-        if after < now.eligible:
-            raise _Leave("its offsets are odd in a way that is eligible as it is")
-    except (NotElf, Malformed, _Leave) as reason:
-        same = Layout.identity(view.size)
-        return Plan(same, same, now.text, now.eligible, now.eligible, str(reason))
-    said = f"{done}; {limit}" if limit else done
-    return Plan(layout, invert(view, layout), now.text, now.eligible, after, said)
+    except (NotElf, Malformed) as error:
+        return Plan(same, same, 0, 0, (), str(error))
+    text, ranges = text_size(elf), tuple(text_ranges(elf, view.size))
+    before = sum(r.length for r in ranges)
+    try:
+        layout, reason = _layout(view, elf, mode, signed)
+    except _Leave as leave:
+        return Plan(same, same, text, before, ranges, str(leave))
+    ranges = tuple(text_ranges(read(reshape(view, layout)), layout.size))
+    if sum(r.length for r in ranges) < before:
+        return Plan(same, same, text, before, ranges, "odd offsets, but eligible as they are")
+    return Plan(layout, invert(view, layout), text, before, ranges, reason)
+
+
+def _layout(view: View, elf: Elf, mode: Mode, signed: str) -> tuple[Layout, str]:
+    """The layout and what it does, in words; or _Leave."""
+    if mode is Mode.OFF:
+        raise _Leave("alignment is off")
+    _refuse(view, elf, signed)
+    moves, limit = _moves(view, elf, mode)
+    patches, done = _patches(elf, moves)
+    if not patches:
+        raise _Leave(limit or "nothing to do: fixed addresses, or p_align of 2 MiB already")
+    layout = Layout(view.size + moves.by[-1], moves.pieces(view.size), patches)
+    return layout, f"{done}; {limit}" if limit else done
 
 
 class _Leave(Exception):  # noqa: N818

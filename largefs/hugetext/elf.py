@@ -130,7 +130,7 @@ class Elf:
 
 
 def read(view: View) -> Elf:
-    """Read the headers. Raises NotElf or Malformed; OSError only if reading the file itself does."""
+    """Read the headers. Raises NotElf, Malformed, or what reading the file raises: OSError."""
     ident, e_type, e_machine, version, e_phoff, e_shoff, e_shstrndx, phnum, shnum = _header(view)
     phnum, shnum, e_shstrndx = _extended(view, e_shoff, phnum, shnum, e_shstrndx)
     if version != 1:

@@ -99,10 +99,13 @@ def bias(elf: Elf) -> int | None:
 
 
 def text_ranges(elf: Elf, size: int) -> list[Range]:
-    """The eligible text of a file of `size` bytes, as ranges of the file, in the order of its
-    segments.
-    """
+    """The eligible text of a file of `size` bytes, as ranges of the file in ascending order."""
     return [Range(p.offset, p.length) for p in _parts(elf, size) if p.why == ELIGIBLE]
+
+
+def text_size(elf: Elf) -> int:
+    """Bytes of text in whole mapped pages: what /proc/PID/smaps shows as Size, eligible or not."""
+    return sum(s.end - s.start for s in map(span, filter(is_text, elf.loads)))
 
 
 ELIGIBLE = "eligible"

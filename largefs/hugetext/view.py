@@ -47,7 +47,7 @@ class View:
 
 
 class Piece(NamedTuple):
-    """`length` bytes at `source` in the one file stand at `destination` in the other; all in bytes."""
+    """`length` bytes from `source` in the one file stand at `destination` in the other."""
 
     source: int
     length: int
