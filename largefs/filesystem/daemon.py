@@ -141,7 +141,7 @@ class Mount:
             nursery.start_soon(self._wait_for_signal)
             nursery.start_soon(self._get_ready, probe, on_ready)
             for inode in self._store.unsettled:
-                self._files.sum_later(inode)
+                self._files.settle_later(inode)
             self._store.unsettled = []
             await pyfuse3.main(min_tasks=IDLE_READERS)
             self._warmup.stop()

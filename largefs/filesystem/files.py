@@ -9,7 +9,6 @@ once, checksums as soon as they are computed.
 """
 
 import errno
-import fcntl
 import logging
 import math
 import os
@@ -23,6 +22,7 @@ import trio
 from largefs.channel import Channel, Negotiated
 from largefs.filesystem.commits import Commits
 from largefs.store import Inode, Store
+from largefs.store.backing import has_writer
 
 log = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ class Files:
         if file.write_fd >= 0:
             os.close(file.write_fd)
             file.write_fd = -1
-        if file.backing_id and mapped_for_writing(file.fd):
+        if file.backing_id and has_writer(file.fd):
             self._to_watch.send_nowait(file.inode)
         else:
             self._settle(file.inode, file.fd)
@@ -236,6 +236,14 @@ class Files:
             ctime_ns=max(row.ctime_ns, st.st_mtime_ns),
         )
         self.sum_later(inode)
+
+    def settle_later(self, inode: int) -> None:
+        """Settle a file that a daemon before this one left open for writing.
+
+        Passed through, a program may write it still, and long after that daemon is gone.
+        """
+        self.writing.add(inode)
+        self._to_watch.send_nowait(inode)
 
     def sum_later(self, inode: int) -> None:
         """Have the checksums of a file that nobody writes made by `run_checksums`."""
@@ -293,7 +301,7 @@ class Files:
             except OSError:
                 return  # removed
             try:
-                if not mapped_for_writing(fd):
+                if not has_writer(fd):
                     self._settle(inode, fd)
                     return
             finally:
@@ -319,7 +327,7 @@ class Files:
         try:
             fd = self._store.backing.open(inode, os.O_RDONLY)
             try:
-                if not mapped_for_writing(fd):
+                if not has_writer(fd):
                     self._settle(inode, fd)
             finally:
                 os.close(fd)
@@ -332,22 +340,6 @@ class Files:
             self._store.record_content(inode, content, huge=self._look_for_text(inode))
         except OSError as e:
             log.error("inode %d: no checksums: %s", inode, e)
-
-
-def mapped_for_writing(fd: int) -> bool:
-    """Whether anything still has the backing file open for writing: in the end, a shared mapping.
-
-    With passthrough a mapping holds the backing file, not the FUSE file, so it can outlive the
-    handle's release. A read lease is refused while any writer exists (fcntl(2), F_SETLEASE), which
-    tells. The daemon's own descriptors for writing must be closed; where leases are not to be had
-    (network filesystems) the answer is no.
-    """
-    try:
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-    except OSError as e:
-        return e.errno == errno.EAGAIN
-    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    return False
 
 
 def invalidate_attributes(inode: int) -> None:

@@ -152,7 +152,10 @@ class BackingFiles:
     def numbers(self) -> Iterator[int]:
         """Yield the inode of every backing file; names that are none of ours are passed over."""
         for bucket in range(256):
-            fd = os.open(f"{bucket:02x}", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.fd)
+            try:
+                fd = os.open(f"{bucket:02x}", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.fd)
+            except FileNotFoundError:
+                continue  # `largefs check` says so
             try:
                 names = os.listdir(fd)
             finally:
@@ -191,6 +194,22 @@ class BackingFiles:
         if _libc.syncfs(self.fd):
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
+
+
+def has_writer(fd: int) -> bool:
+    """Whether anyone has this backing file open for writing, `fd` being open for reading only.
+
+    With passthrough a shared mapping holds the backing file, not the FUSE file, so it can outlive the
+    handle's release; and both can outlive the daemon. A read lease is refused while any writer exists
+    (fcntl(2), F_SETLEASE), which tells. This process's own descriptors for writing must be closed;
+    where leases are not to be had (network filesystems) the answer is no.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as e:
+        return e.errno == errno.EAGAIN
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
 
 
 def prefer_extents(fd: int) -> None:

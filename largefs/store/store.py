@@ -165,21 +165,12 @@ class Store:
         Raises NotAStoreError, NewerFormatError, BusyError or StoreError.
         """
         meta = path / "meta.db"
-        try:
-            if not stat.S_ISREG(meta.stat().st_mode):
-                raise NotAStoreError(f"{path}: no largefs store (make one: largefs mkfs {path})")
-        except (FileNotFoundError, NotADirectoryError):
-            raise NotAStoreError(
-                f"{path}: no largefs store (make one: largefs mkfs {path})"
-            ) from None
-        except OSError as e:
-            raise StoreError(f"{path}: {e.strerror}") from e
-        _read_format(meta)
+        read_format(meta)
         if other := owner.foreign_and_alive(path):
             raise BusyError(f"{path}: in use: {other}; end that first")
         self = cls(path)
         try:
-            self.db = _connect(meta)
+            self.db = connect(meta)
             self.backing = BackingFiles(path / "extents")
         except apsw.BusyError:
             holder = owner.read(path)
@@ -192,25 +183,34 @@ class Store:
             raise StoreError(f"{path}: extents/: {e.strerror}") from e
         try:
             self._start(purpose)
-        except (OSError, apsw.Error) as e:
+        except BaseException as e:
             self.db.close()
             self.backing.close()
-            raise StoreError(f"{path}: cannot open: {_reason(e)}") from e
+            if isinstance(e, (OSError, apsw.Error)):
+                raise StoreError(f"{path}: cannot open: {_reason(e)}") from e
+            raise
         return self
 
     def _start(self, purpose: str) -> None:
-        self.uuid, clean = self._one("SELECT uuid, clean FROM superblock")
+        superblock = self._one("SELECT uuid, clean FROM superblock")
+        if superblock is None:
+            raise StoreError(f"{self.path}: damaged; run: largefs check --repair {self.path}")
+        self.uuid, clean = superblock
         owner.write(self.path, owner.current(purpose))
         with self.change():
             self._recover()
             if not clean:
                 self._find_orphans()
+                self._agree_on_times()
             self.db.execute("UPDATE superblock SET clean = 0")
         self.commit()
 
     def _recover(self) -> None:
         """Put in order the inodes that were in use when the store was last let go."""
-        for (inode,) in self._all("SELECT id FROM inodes WHERE nlink = 0"):
+        for (inode,) in self._all(
+            "SELECT id FROM inodes WHERE nlink = 0 AND id NOT IN (SELECT inode FROM dentries)"
+            " AND id NOT IN (SELECT parent FROM dentries)"  # else the count is what is wrong
+        ):
             self._drop_rows(inode)
             self._dropped.append(inode)
         for (inode,) in self._all("SELECT id FROM inodes WHERE writing = 1"):
@@ -227,18 +227,41 @@ class Store:
             self.unsettled.append(inode)
 
     def _find_orphans(self) -> None:
-        """Find the backing files that a crash left without an inode."""
-        known = {i for (i,) in self.db.execute("SELECT id FROM inodes")}
+        """Find the backing files that a crash left without an inode.
+
+        One that other tables know is no such file: its inode was lost, and `largefs check` finds it.
+        """
+        query = (
+            "SELECT id FROM inodes UNION SELECT inode FROM dentries UNION SELECT inode FROM extents"
+        )
+        known = {i for (i,) in self.db.execute(query)}
         for inode in list(self.backing.numbers()):
             if inode not in known:
                 self._dropped.append(inode)
 
+    def _agree_on_times(self) -> None:
+        """Give backing files the mtime of their inodes: a crash may have come between the two."""
+        query = (
+            f"SELECT id, size, atime_ns, mtime_ns FROM inodes WHERE mode & {0o170000} = {stat.S_IFREG}"  # noqa: S608
+            " AND writing = 0"
+        )
+        for inode, size, atime_ns, mtime_ns in self._all(query):
+            with contextlib.suppress(FileNotFoundError):  # `largefs check` reports that
+                st = self.backing.stat(inode)
+                if st.st_size == size and st.st_mtime_ns != mtime_ns:
+                    self.set_backing_times(inode, atime_ns, mtime_ns)
+
     def close(self) -> None:
-        """Commit and let the store go. Inodes still unsettled are settled here."""
+        """Commit and let the store go. Inodes still unsettled are settled here.
+
+        One that cannot be read, or that somebody still writes, is left for the next time.
+        """
         try:
             if not self._failed:
                 for inode in self.unsettled:
-                    self.record_content(inode, self.content(inode))
+                    with contextlib.suppress(OSError):
+                        if not self.has_writer(inode):
+                            self.record_content(inode, self.content(inode))
                 self.unsettled = []
                 with self.change():
                     self.db.execute("UPDATE superblock SET clean = 1")
@@ -711,6 +734,14 @@ class Store:
             self.db.execute("DELETE FROM alignments WHERE inode = ?", (inode,))
         return inode not in self._new
 
+    def has_writer(self, inode: int) -> bool:
+        """Whether a process has the backing file open for writing, or mapped so; raises OSError."""
+        fd = self.backing.open(inode, os.O_RDONLY)
+        try:
+            return backing.has_writer(fd)
+        finally:
+            os.close(fd)
+
     def content(self, inode: int) -> Content:
         """Read a backing file through and return what it holds. For any thread; raises OSError."""
         fd = self.backing.open(inode, os.O_RDONLY)
@@ -794,18 +825,24 @@ def _create_metadata(path: Path, mode: int, uid: int, gid: int) -> None:
         os.close(fd)
 
 
-def _read_format(meta: Path) -> None:
+def read_format(meta: Path) -> None:
     """Check application_id and user_version straight from the file's header, before SQLite sees it.
 
     https://www.sqlite.org/fileformat2.html#the_database_header: user_version is at byte 60,
-    application_id at byte 68, big endian.
+    application_id at byte 68, big endian. Raises NotAStoreError, NewerFormatError, StoreError.
     """
+    store = meta.parent
     try:
+        if not stat.S_ISREG(meta.stat().st_mode):
+            raise FileNotFoundError
         with meta.open("rb") as f:
             header = f.read(100)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotAStoreError(
+            f"{store}: no largefs store (make one: largefs mkfs {store})"
+        ) from None
     except OSError as e:
         raise StoreError(f"{meta}: {e.strerror}") from e
-    store = meta.parent
     if header[:16] != b"SQLite format 3\0" or header[68:72] != schema.APPLICATION_ID.to_bytes(4):
         raise NotAStoreError(f"{store}: no largefs store (its meta.db is something else)")
     version = int.from_bytes(header[60:64])
@@ -816,7 +853,7 @@ def _read_format(meta: Path) -> None:
         )
 
 
-def _connect(meta: Path) -> apsw.Connection:
+def connect(meta: Path) -> apsw.Connection:
     """Open meta.db and take its lock for as long as the connection lives; raises apsw.BusyError."""
     db = apsw.Connection(str(meta), flags=apsw.SQLITE_OPEN_READWRITE)
     try:
