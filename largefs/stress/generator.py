@@ -15,7 +15,7 @@ from typing import Any
 
 from largefs.stress import program, syscalls
 from largefs.stress.model import Handle, Mapping, Model
-from largefs.stress.session import Limits, Operation, Tally, mode_name
+from largefs.stress.session import CannotRunError, Limits, Operation, Tally, mode_name
 from largefs.stress.syscalls import PAGE, PMD
 
 POOL = 12 << 20  # bytes of random data that all writes are taken from
@@ -74,7 +74,7 @@ MODE_NAMES = tuple(sorted({mode_name(mode) for mode in FALLOCATE_MODES}))
 
 def choices() -> tuple[str, ...]:
     """The names that ``--skip`` takes: operations, and single modes of fallocate."""
-    return (*sorted(_WEIGHTS), *MODE_NAMES, "race")
+    return (*sorted(_WEIGHTS), *MODE_NAMES, "append", "race")
 
 
 def source_of(number: int, length: int) -> int:
@@ -101,16 +101,22 @@ class Generator:
             weights = {k: v for k, v in weights.items() if k not in ("run", "sum", "end")}
         self._skip = skip
         self._kinds, self._weights = list(weights), list(weights.values())
+        if not weights:
+            raise CannotRunError("--skip leaves nothing to do")
         for index in range(limits.workers):
             for name in self._names:
                 self._open(index, name, os.O_RDWR | os.O_CREAT)
 
     def __iter__(self) -> Iterator[Operation]:
-        while True:
+        idle = 0
+        while idle < 10_000:
             while self._waiting:
+                idle = 0
                 yield self._waiting.pop(0)
+            idle += 1
             kind = self._random.choices(self._kinds, self._weights)[0]
             getattr(self, "_" + kind)()
+        raise CannotRunError("--skip leaves nothing to do")
 
     def whole(self) -> Iterator[Operation]:
         """The comparison of all files, by each way to read them."""
@@ -314,6 +320,8 @@ class Generator:
                     os.O_RDWR | os.O_CREAT | os.O_APPEND,
                 )
             )
+            if "append" in self._skip:
+                flags &= ~os.O_APPEND
         mine = sum(h.worker == index for h in self._model.handles.values())
         if mine < 3 * len(self._names) + 2:
             path = name or self._random.choice(self._names)

@@ -227,7 +227,7 @@ class _Player:
         ways = ["write", "write"]
         if self.writable:
             ways += ["store", "copy"]
-        if "fallocate punch-hole+keep-size" not in self.shared.absent:
+        if "punch" not in self.shared.absent:
             ways.append("punch")
         return self.random.choice(ways)
 
@@ -315,16 +315,17 @@ def _adviser(player: _Player, _: int) -> None:
 
 
 def run(
-    root: str, seed: str, seconds: float, absent: frozenset[str], timeout: float
+    root: str, seed: str, seconds: float, timeout: float, skip: frozenset[str] = frozenset()
 ) -> Counter[str]:
     """One race in the directory ``root``; counts. Raises Difference, CannotRunError."""
     path = f"{root}/race"
-    shared = _Shared(path, mmap.mmap(-1, 2 * 8 * _TOTAL), 2, absent)
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         os.ftruncate(fd, _TOTAL * BLOCK)
     except OSError as error:
         raise CannotRunError(f"{path}: {error.strerror}") from error
+    events = mmap.mmap(-1, 2 * 8 * _TOTAL)
+    shared = _Shared(path, events, 2, _absent(fd) | ({"punch"} if "fallocate" in skip else set()))
     roles: list[tuple[Callable[[_Player, int], None], int]] = [
         (_writer, 0), (_writer, 1), (_truncater, 0), (_reader, 0), (_reader, 1), (_adviser, 0),
     ]  # fmt: skip
@@ -336,6 +337,26 @@ def run(
         os.close(fd)
         with contextlib.suppress(OSError):
             os.unlink(path)
+
+
+def _absent(fd: int) -> frozenset[str]:
+    """What the filesystem cannot do; tried before the race, because in it each failure counts."""
+    absent = set()
+    try:
+        mode = syscalls.PUNCH_HOLE | syscalls.KEEP_SIZE
+        syscalls.fallocate(fd, mode, 0, BLOCK)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        absent.add("punch")
+    for name, prot in (("map rw", 3), ("map r", 1)):
+        try:
+            syscalls.unmap(syscalls.map_file(fd, BLOCK, prot, mmap.MAP_SHARED, 0), BLOCK)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            absent.add(name)
+    return frozenset(absent)
 
 
 def _verify_all(shared: _Shared, seed: str) -> None:

@@ -54,6 +54,9 @@ class Difference(Exception):  # noqa: N818  it is a finding of the tool, not an 
         return asdict(self)
 
 
+_RECOGNISABLE = 6  # bytes: fewer are found in the pool by chance
+
+
 @dataclass(frozen=True)
 class Write:
     """Where the bytes [source, source + length) of the pool went."""
@@ -70,36 +73,25 @@ def explain(
     pool: Arena, writes: list[Write], inode: int, offset: int, expected: bytes, found: bytes
 ) -> tuple[str, str]:
     """The class of a difference in content, and a sentence, by finding whose data it is."""
-    if any(found):
-        origin = _origin(pool, writes, inode, offset, found)
-        if origin is None:
-            return "garbage", "bytes that no operation wrote there or elsewhere"
-        same = origin.inode == inode
-        was_at = origin.offset + _pool_offset(pool, found) - origin.source
-        if same and was_at == offset:
-            what = f"data that operation {origin.operation} had written here"
-            if any(expected):
-                return "lost-write", f"still the older {what}"
-            return "stale", f"{what}, where there must be zeros now"
-        where = f"offset {was_at:#x}" + ("" if same else f" of {origin.name}")
-        shift = f" ({offset - was_at:+#x})" if same else ""
-        return "misplaced", f"data that operation {origin.operation} wrote at {where}{shift}"
-    return "lost-write", "zeros where there must be data"
-
-
-def _pool_offset(pool: Arena, found: bytes) -> int:
-    return pool.memory.find(found)
-
-
-def _origin(
-    pool: Arena, writes: list[Write], inode: int, offset: int, found: bytes
-) -> Write | None:
-    if len(found) < 6:  # too short to know it again
-        return None
-    at = _pool_offset(pool, found)
-    if at < 0:
-        return None
-    candidates = [w for w in writes if w.source <= at < w.source + w.length]
-    here = [w for w in candidates if w.inode == inode and w.offset + at - w.source == offset]
-    best = here or candidates
-    return best[-1] if best else None
+    run = next((i for i, byte in enumerate(found) if byte == expected[i]), len(found))
+    found = found[:run]  # what differs; the rest may be right
+    if not any(found):
+        return "lost-write", "zeros where there must be data"
+    for w in reversed(writes):
+        if w.inode == inode and w.offset <= offset < w.offset + w.length:
+            at = w.source + offset - w.offset
+            n = min(len(found), w.offset + w.length - offset)
+            if pool.memory[at : at + n] == found[:n]:
+                what = f"data that operation {w.operation} had written here"
+                if any(expected[:n]):
+                    return "lost-write", f"still the older {what}"
+                return "stale", f"{what}, where there must be zeros now"
+    at = pool.memory.find(found) if len(found) >= _RECOGNISABLE else -1
+    for w in reversed(writes):
+        if w.source <= at < w.source + w.length:
+            was_at = w.offset + at - w.source
+            where = f"offset {was_at:#x} of {w.name}"
+            if w.inode == inode:
+                where = f"offset {was_at:#x}, {offset - was_at:+#x} bytes away"
+            return "misplaced", f"data that operation {w.operation} wrote at {where}"
+    return "garbage", "bytes that no operation wrote there or elsewhere"

@@ -14,6 +14,7 @@ from dataclasses import replace
 from largefs.stress.report import Difference
 from largefs.stress.session import Operation
 
+_SHORTEST = 64  # bytes: shorter data is hard to recognise in a report
 Reproduce = Callable[[list[Operation]], Difference | None]
 
 
@@ -64,7 +65,7 @@ def _shorten(
         operations = current()
         op = operations[index]
         length = op.arguments.get("len", 0)
-        if length > 1 and op.kind != "build":
+        if length > _SHORTEST and op.kind != "build":
             shorter = replace(op, arguments={**op.arguments, "len": length // 2})
             if fails([*operations[:index], shorter, *operations[index + 1 :]]):
                 continue

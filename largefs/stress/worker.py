@@ -10,6 +10,7 @@ would any program: the session sees that.
 from __future__ import annotations
 
 import errno
+import faulthandler
 import marshal
 import mmap
 import os
@@ -374,6 +375,7 @@ def _pmd_mapped(pid: int | str = "self") -> int:
 def serve(root: str, arena: Arena, pool: Arena, connection: socket.socket) -> None:
     """Answer requests until the connection ends. Never returns."""
     worker = _Worker(root, arena, pool)
+    faulthandler.disable()  # a death by SIGBUS is the session's to tell
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the session ends us
     for name in (signal.SIGTERM, signal.SIGPIPE):
         signal.signal(name, signal.SIG_DFL if name == signal.SIGTERM else signal.SIG_IGN)
