@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import faulthandler
 import json
 import mmap
 import os
@@ -451,6 +452,7 @@ def _child(
 ) -> None:
     code, answer = 2, {}
     try:
+        faulthandler.disable()  # a death by SIGBUS is for the parent to tell
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         player = _Player(shared, seed, until)
         role(player, index)
