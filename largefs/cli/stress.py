@@ -1,0 +1,174 @@
+"""largefs stress: does truncate, mmap and huge pages get on with each other on this filesystem?"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from largefs.stress import generator, runner
+from largefs.stress.session import CannotRunError
+
+
+@click.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--seed", type=int, help="Seed of the operations; without it, a new one each time.")
+@click.option("--seconds", type=float, default=60.0, show_default=True, help="How long.")
+@click.option("--ops", type=click.IntRange(min=1), help="How many operations, instead of how long.")
+@click.option("--replay", type=click.Path(path_type=Path), help="Do again what FILE holds.")
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    show_default=True,
+    help="File or directory for the replay file of a difference.",
+)
+@click.option("--files", type=click.IntRange(1, 16), default=3, show_default=True)
+@click.option(
+    "--workers", type=click.IntRange(1, 8), default=2, show_default=True, help="Processes."
+)
+@click.option(
+    "--max-size",
+    type=click.IntRange(3, 64),
+    default=9,
+    show_default=True,
+    metavar="MIB",
+    help="Most MiB in a file.",
+)
+@click.option(
+    "--race",
+    "race_seconds",
+    type=click.FloatRange(min=0),
+    default=2.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long the processes race on one file after each 5000 operations; 0: never.",
+)
+@click.option(
+    "--skip",
+    multiple=True,
+    type=click.Choice(generator.choices()),
+    help="Leave an operation out, to get past a known difference. Can be repeated.",
+)
+@click.option(
+    "--shrink",
+    "shrink_seconds",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to shorten the replay file of a difference.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=1),
+    default=120.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="After how long an operation hangs.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def command(
+    directory: Path,
+    seed: int | None,
+    seconds: float,
+    ops: int | None,
+    replay: Path | None,
+    save: Path,
+    files: int,
+    workers: int,
+    max_size: int,
+    race_seconds: float,
+    skip: tuple[str, ...],
+    shrink_seconds: float,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Torture truncate, mmap, hole punching and huge pages in DIR, on any filesystem.
+
+    Every byte, every size and every SIGBUS is compared with an exact model.
+
+    Exit code: 0 when nothing was wrong, 1 when a difference was found, 2 when it could not run.
+    """
+    plan = runner.Plan(
+        directory=directory,
+        seed=int(time.time()) if seed is None else seed,
+        seconds=seconds,
+        operations=ops,
+        files=files,
+        workers=workers,
+        max_size=max_size << 20,
+        timeout=timeout,
+        race_seconds=race_seconds,
+        shrink_seconds=shrink_seconds,
+        skip=frozenset(skip),
+        save_to=save,
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as for an interrupt
+
+    def progress(operations: int, elapsed: float) -> None:
+        of = f"of {ops:,}" if ops else f"in {elapsed:.0f} of {seconds:.0f} s"
+        print(f"\rseed {plan.seed}: {operations:,} operations {of}\x1b[K", end="", file=sys.stderr)
+
+    try:
+        if replay:
+            result = runner.replay(plan, replay)
+        else:
+            result = runner.run(plan, progress if sys.stderr.isatty() else lambda *_: None)
+            if sys.stderr.isatty():
+                print("\r\x1b[K", end="", file=sys.stderr)
+    except CannotRunError as error:
+        print(f"largefs stress: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("largefs stress: interrupted; its files are removed", file=sys.stderr)
+        sys.exit(2)
+    if as_json:
+        print(json.dumps(result.as_dict(), indent=2))
+    else:
+        _print(result, directory)
+    sys.exit(1 if result.difference else 0)
+
+
+def _print(result: runner.Result, directory: Path) -> None:
+    where = result.environment
+    rate = result.operations / max(result.busy_seconds, 1e-9)
+    print(
+        f"seed {result.seed}, Linux {where['kernel']}, "
+        f"{where['filesystem']} ({where['options']}):\n"
+        f"{result.operations:,} operations in {result.seconds:.1f} s ({rate:,.0f} a second), "
+        f"{result.tally.bytes_compared / 1e9:.1f} GB compared"
+    )
+    table = Table("operation", "done", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for name, count in sorted(result.tally.operations.items()):
+        table.add_row(name, f"{count:,}")
+    Console(highlight=False).print(table)
+    tally = result.tally
+    if tally.errors:
+        seen = ", ".join(f"{name} ({n})" for name, n in sorted(tally.errors.items()))
+        print(f"errors, all of them allowed: {seen}")
+    if tally.unsupported:
+        absent = ", ".join(f"{name} ({why})" for name, why in sorted(tally.unsupported.items()))
+        print(f"not tested, the filesystem lacks it: {absent}")
+    if tally.pmd_hits:
+        print(
+            f"PMD-mapped: up to {tally.pmd_most >> 20} MiB in one process, "
+            f"in {tally.pmd_hits} of {tally.pmd_samples} looks"
+        )
+    else:
+        print("PMD-mapped: never seen, so no huge page was tested")
+    for note in result.notes:
+        print(f"note: {note}")
+    if result.difference:
+        print(f"DIFFERENCE at operation {result.difference.operation}: {result.difference}")
+        if result.replay:
+            print(f"replay: largefs stress {directory} --replay {result.replay}")
+    else:
+        print("no difference")

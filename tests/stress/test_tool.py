@@ -1,0 +1,205 @@
+"""The parts of the tool, each against something simpler than itself."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+
+from largefs.stress import program, race, syscalls
+from largefs.stress.generator import POOL, Generator
+from largefs.stress.model import Inode
+from largefs.stress.report import Difference, Write, explain
+from largefs.stress.session import Limits, Operation, Session, Tally
+from largefs.stress.shrink import shrink
+from largefs.stress.syscalls import PAGE, Arena
+
+SIZE = 1 << 16
+
+
+def test_model_against_bytes():
+    source = Arena(SIZE, random.Random(1).randbytes(SIZE))
+    inode, simple, rng = Inode(1, SIZE), bytearray(), random.Random(2)
+    for _ in range(3000):
+        what, a = rng.randrange(6), rng.randrange(SIZE // 2)
+        n = rng.randrange(1, SIZE // 4)
+        if what == 0:
+            inode.write(a, source.address, n)
+            simple.extend(bytes(max(0, a + n - len(simple))))
+            simple[a : a + n] = source.memory[:n]
+        elif what == 1:
+            inode.truncate(a)
+            simple[a:] = b""
+            simple.extend(bytes(a - len(simple)))
+        elif what == 2:
+            inode.zero(a, n)
+            end = min(a + n, len(simple))
+            simple[a:end] = bytes(max(0, end - a))
+        elif what == 3 and a + n < len(simple):
+            inode.collapse(a, n)
+            del simple[a : a + n]
+        elif what == 4 and a < len(simple) and len(simple) + n <= SIZE:
+            inode.insert(a, n)
+            simple[a:a] = bytes(n)
+        else:
+            end = min(a + n, len(simple))
+            assert inode.is_zero(a, end) == (not any(simple[a:end]))
+        assert inode.size == len(simple)
+        assert inode.memory[:SIZE] == simple.ljust(SIZE, b"\0")
+
+
+def test_first_difference():
+    a, b = Arena(SIZE), Arena(SIZE)
+    assert syscalls.first_difference(a.address, b.address, SIZE) is None
+    for place in (SIZE - 1, 4097, 1, 0):
+        b.memory[place] = 1
+        assert syscalls.first_difference(a.address, b.address, SIZE) == place
+
+
+def test_program_sums_its_own_text(tmp_path):
+    if not program.supported():
+        pytest.skip("the program is for x86-64")
+    path = tmp_path / "program"
+    text = program.build(random.Random(3).randbytes((2 << 20) + 4096 + 8))
+    path.write_bytes(text)
+    path.chmod(0o755)
+    done = subprocess.run([path], input=b"shs", stdout=subprocess.PIPE, check=True)
+    assert done.stdout == program.sums(text) * 3
+    swapped = text[:4096] + text[8192:12288] + text[4096:8192] + text[12288:]
+    assert program.sums(swapped) != program.sums(text)
+
+
+def test_explanations():
+    pool = Arena(SIZE, random.Random(4).randbytes(SIZE))
+    writes = [
+        Write(1, 7, "a", 0, 4096, 0),
+        Write(2, 7, "a", 0, 4096, 8192),
+        Write(3, 8, "b", 0, 64, 100),
+    ]
+    old, new = pool.memory[16:32], pool.memory[8208:8224]
+
+    def kind(offset, expected, found):
+        return explain(pool, writes, 7, offset, expected, found)[0]
+
+    assert kind(16, new, old) == "lost-write"
+    assert kind(16, new, bytes(16)) == "lost-write"
+    assert kind(16, bytes(16), old) == "stale"
+    assert kind(5000, bytes(16), old) == "misplaced"
+    assert kind(16, new, b"\xff" * 16) == "garbage"
+
+
+STAMP = race._stamp(4, 0, 5)
+
+
+@pytest.mark.parametrize(
+    ("words", "low", "high", "kind"),
+    [
+        ([STAMP] * 512, 4, 4, None),
+        ([0] * 512, 3, 3, None),
+        ([0] * 512, 0, 4, None),
+        ([0] * 256 + [STAMP] * 256, 3, 4, None),
+        ([0] * 256 + [STAMP] * 256, 4, 4, "lost-write"),
+        ([STAMP] * 512, 5, 5, "stale"),
+        ([STAMP] * 512, 6, 8, "lost-write"),
+        ([STAMP] * 512, 2, 3, "garbage"),
+        ([race._stamp(4, 0, 6)] * 512, 4, 4, "misplaced"),
+        ([12345 << 40 | 0xFFFFF] * 512, 4, 4, "garbage"),
+    ],
+)
+def test_race_judges_a_block(words, low, high, kind):
+    found = b"".join(word.to_bytes(8, "little") for word in words)
+    answer = race._judge(found, 5, 0, low, high)
+    assert (answer and answer[0]) == kind
+
+
+def test_same_seed_same_operations(tmp_path):
+    lists = []
+    pool = Arena(POOL, random.Random(5).randbytes(POOL))
+    for turn in range(2):
+        limits, tally, done = Limits(max_size=3 << 20), Tally(), []
+        with Session(f"{tmp_path}/{turn}", pool, limits, tally) as session:
+            for op in Generator("seed", session.model, limits, tally, set()):
+                session.perform(op)
+                done.append(op.as_dict())
+                if len(done) == 300:
+                    break
+        lists.append(done)
+    assert lists[0] == lists[1]
+
+
+def test_shrink_finds_the_two_that_matter():
+    operations = [Operation(n, "read", 0, {"len": 1000}) for n in range(500)]
+
+    def reproduce(candidate):
+        numbers = [op.number for op in candidate]
+        if 123 in numbers and 456 in numbers:
+            return Difference("stale", "", operation=456)
+        return None
+
+    short, shown = shrink(operations, Difference("stale", ""), reproduce, 10)
+    assert [op.number for op in short] == [123, 456] and shown is not None
+    assert all(op.arguments["len"] <= 64 for op in short)
+    assert shrink(operations, Difference("size", ""), reproduce, 1) == (operations, None)
+
+
+def test_worker_that_meets_sigbus_is_a_difference(tmp_path):
+    pool = Arena(POOL)
+    with Session(f"{tmp_path}/s", pool, Limits(), Tally()) as session:
+        flags = os.O_RDWR | os.O_CREAT
+        session.perform(Operation(1, "open", 0, {"h": 1, "path": "a", "flags": flags}))
+        arguments = {"h": 1, "off": 0, "len": 8192, "via": "pwrite", "from": 0}
+        session.perform(Operation(2, "write", 0, arguments))
+        arguments = {
+            "m": 3,
+            "h": 1,
+            "off": 0,
+            "len": 8192,
+            "prot": "r",
+            "shared": True,
+            "huge": False,
+        }
+        session.perform(Operation(3, "map", 0, arguments))
+        os.truncate(f"{tmp_path}/s/a", 100)  # behind the model's back
+        with pytest.raises(Difference) as found:
+            read = {"m": 3, "off": PAGE, "len": 10, "via": "load"}
+            session.perform(Operation(4, "mread", 0, read))
+        assert found.value.kind == "sigbus"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not a replay file"),
+        ("{}\n", "not a replay file"),
+        ("not JSON\n", "not a replay file"),
+        ('{"largefs-stress": 99}\n', "another version"),
+        (
+            '{"largefs-stress": 1, "seed": 1, "limits": {"workers": 1}}\n'
+            '{"n": 1, "op": "x", "w": 0}\n',
+            "no operation 'x'",
+        ),
+    ],
+)
+def test_bad_replay_file(tool, tmp_path, content, message):
+    path = tmp_path / "replay"
+    path.write_text(content)
+    done = subprocess.run([*tool, tmp_path, "--replay", path], capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_missing_directory(tool, tmp_path):
+    done = subprocess.run([*tool, tmp_path / "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2 and "No such file" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(tool, tmp_path, number):
+    running = subprocess.Popen([*tool, tmp_path, "--race", "0"], stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("*/session0/file0")):
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.send_signal(number)
+    assert "interrupted" in running.communicate(timeout=30)[1]
+    assert running.returncode == 2 and not os.listdir(tmp_path)
