@@ -95,7 +95,7 @@ class Mount:
         `on_ready` gets one line about the route as soon as the mount is usable. Raises MountError.
         """
         _raise_file_limit()
-        probe = routes.probe(self._store.path)
+        probe = _probe(self._store.path)
         if CHANNEL is not None:
             CHANNEL.want(self._wanted(probe))
         try:
@@ -182,6 +182,18 @@ class Mount:
     def _end(self) -> None:
         pyfuse3.close(unmount=True)
         self._files.finish()
+
+
+def _probe(store: Path) -> routes.Probe:
+    """Try the routes. It takes some room: a full disk must be mounted without, to be cleared up."""
+    try:
+        return routes.probe(store)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        why = "no room to try the routes; make room and mount again"
+        offers = tuple(routes.Offer(route, route is Route.NONE, why) for route in Route)
+        return routes.Probe(offers, offered=None, stack_depth=1)
 
 
 async def _never_fails(task: Callable[..., object], *args: object) -> None:
