@@ -56,6 +56,23 @@ def test_power_loss_loses_nothing_that_was_fsynced(
     largefs("check", store, "--data")
 
 
+def test_power_loss_right_after_an_import_loses_nothing(
+    made_disk: Disk, mounts_on_it: Mounts, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(100):
+        (source / f"f{i}").write_bytes(f"{i} ".encode() * (1 + i * 200))
+    store = made_disk.path / "store"
+    largefs("mkfs", store)
+    os.sync()
+    largefs("import", source, store)
+    made_disk.lose_power()
+    made_disk.restore_power()
+    m = mounts_on_it.make(store=store)
+    subprocess.run(["diff", "-r", source, m.path], check=True)
+
+
 def test_power_loss_during_an_import_leaves_whole_files(
     made_disk: Disk, mounts_on_it: Mounts, tmp_path: Path
 ) -> None:
