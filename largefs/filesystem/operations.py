@@ -461,7 +461,8 @@ class Filesystem(pyfuse3.Operations):
 
     @handler
     async def flush(self, fh: FileHandleT) -> None:
-        """close(2) of one descriptor: nothing is held back."""
+        """close(2) of one descriptor: nothing is held back, so the kernel need not ask again."""
+        raise FUSEError(errno.ENOSYS)
 
     @handler
     async def release(self, fh: FileHandleT) -> None:
