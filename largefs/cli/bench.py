@@ -104,21 +104,24 @@ def command(
 def _print(result: runner.Result, rounds: int) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("")
+    table.add_column("")
     for index, (path, kind) in enumerate(zip(result.directories, result.filesystems, strict=True)):
         table.add_column(f"{path}\n{kind}", justify="right", overflow="fold")
         if index:
-            table.add_column("times\nas fast", justify="right")
+            table.add_column("as fast\nmedian (range)", justify="right")
     for name in result.values:
-        metric = workloads.METRICS[name]
-        row = [name]
+        row = [name, workloads.METRICS[name].unit]
         for index in range(len(result.directories)):
-            row.append(f"{_number(result.median(name, index))} {metric.unit}")
+            row.append(_number(result.median(name, index)))
             if index:
                 ratios = result.ratios(name, index)
                 spread = f" ({min(ratios):.2f}-{max(ratios):.2f})" if rounds > 1 else ""
                 row.append(f"{statistics.median(ratios):.2f}{spread}")
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:  # no line of a report in a file is folded
+        console.width = 60 + 60 * len(result.directories)
+    console.print(table)
     settings = result.settings
     print(
         f"medians of {rounds} rounds; {settings.size >> 20} MiB, {settings.files} files, "

@@ -51,7 +51,7 @@ def test_table(directories):
         text=True,
     )
     assert done.returncode == 0 and done.stderr == ""
-    rows = [line.split()[0] for line in done.stdout.splitlines() if "/s" in line]
+    rows = [line.split()[0] for line in done.stdout.splitlines() if "/s " in line]
     assert rows == ["append", "fault", "fault"]
     assert "medians of 2 rounds" in done.stdout and "as fast" in done.stdout
 
