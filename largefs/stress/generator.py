@@ -60,6 +60,7 @@ _WEIGHTS = {
     "unmap": 8,
     "madvise": 16,
     "fork": 4,
+    "tail": 12,
     "rename": 3,
     "unlink": 2,
     "huge": 6,
@@ -438,6 +439,41 @@ class Generator:
         number, mapping = found
         if place := self._inside(mapping, mapping.inode.size):
             self._emit_write("fork", mapping.worker, place[1], m=number, off=place[0], write=write)
+
+    def _tail(self) -> None:
+        """Store behind the end of a file and change its size: what was stored must be gone."""
+        r = self._random
+        found = self._mapping(
+            lambda m: (
+                m.writable
+                and m.offset < m.inode.size < min(m.inode.mapped_end, m.offset + m.length)
+            )
+        )
+        handle = found and self._handle(
+            lambda h: h.writable and h.inode is found[1].inode and h.worker == found[1].worker
+        )
+        if not found or not handle:
+            return
+        number, mapping = found
+        inode = mapping.inode
+        at = inode.size - mapping.offset + r.choice((0, 0, 1))
+        length = inode.mapped_end - mapping.offset - at
+        most = self._limits.max_size
+        size = min(most, inode.size + r.choice((-1, 1, 7, PAGE, PMD)))
+        if length <= 0 or size == inode.size:
+            return
+        self._emit_write("tail", mapping.worker, length, m=number, h=handle[0], off=at, size=size)
+        start = max(0, inode.size - 16)
+        if size > start:
+            length = min(size - start, PAGE)
+            for via in ("pread", "load"):
+                if via == "pread":
+                    self._emit("read", mapping.worker, h=handle[0], off=start, len=length, via=via)
+                elif start >= mapping.offset and start + length <= mapping.offset + mapping.length:
+                    self._emit(
+                        "mread", mapping.worker,
+                        m=number, off=start - mapping.offset, len=length, via=via,
+                    )  # fmt: skip
 
     def _huge(self) -> None:
         """Get 2 MiB folios where possible: write back, drop, read through a huge mapping."""

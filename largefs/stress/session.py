@@ -610,6 +610,26 @@ def _madvise(s: Session, op: Operation, a: dict[str, Any]) -> bool:
     return True
 
 
+def _tail(s: Session, op: Operation, a: dict[str, Any]) -> bool:
+    mapping, handle = _mapping(s, op, a), _handle(s, op, a["h"], write=True)
+    if mapping is None or handle is None or not mapping.writable:
+        return False
+    inode, start = mapping.inode, mapping.offset + a["off"]
+    end = start + a["len"]
+    if handle.inode is not inode or not inode.size <= start < end <= inode.mapped_end:
+        return False
+    if a["off"] + a["len"] > mapping.length or a["size"] > s.capacity or a["size"] == inode.size:
+        return False
+    result, size = s.call(op)
+    s.require(op, result)
+    s.writes.append(
+        Write(op.number, inode.number, s.model.name_of(inode), start, a["len"], a["from"])
+    )
+    inode.truncate(a["size"])  # what was stored is gone: POSIX, mmap: "any partial page is zero"
+    s.check_size(op, inode, size)
+    return True
+
+
 def _probe(s: Session, op: Operation, a: dict[str, Any]) -> bool:
     mapping = _mapping(s, op, a)
     if mapping is None:
@@ -755,7 +775,7 @@ _CHECKS: dict[str, _Check] = {
     function.__name__.strip("_"): function
     for function in (
         _open, _close, _read, _write, _truncate, _fallocate, _copy, _seek, _fsync, _fadvise,
-        _map, _unmap, _mread, _mwrite, _fork, _madvise, _probe, _rename, _unlink,
+        _map, _unmap, _mread, _mwrite, _fork, _madvise, _tail, _probe, _rename, _unlink,
         _build, _exec, _sum, _end, _whole,
     )
 }  # fmt: skip
