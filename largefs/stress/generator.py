@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from largefs.stress import program, syscalls
+from largefs.stress.checks import mode_name
 from largefs.stress.model import Handle, Mapping, Model
-from largefs.stress.session import CannotRunError, Limits, Operation, Tally, mode_name
+from largefs.stress.session import CannotRunError, Limits, Operation, Tally
 from largefs.stress.syscalls import PAGE, PMD
 
 POOL = 12 << 20  # bytes of random data that all writes are taken from

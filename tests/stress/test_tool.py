@@ -9,6 +9,7 @@ import time
 import pytest
 
 from largefs.stress import program, race, syscalls
+from largefs.stress.checks import perform
 from largefs.stress.generator import POOL, Generator
 from largefs.stress.model import Inode
 from largefs.stress.report import Difference, Write, explain
@@ -121,7 +122,7 @@ def test_same_seed_same_operations(tmp_path):
         limits, tally, done = Limits(max_size=3 << 20), Tally(), []
         with Session(f"{tmp_path}/{turn}", pool, limits, tally) as session:
             for op in Generator("seed", session.model, limits, tally, set()):
-                session.perform(op)
+                perform(session, op)
                 done.append(op.as_dict())
                 if len(done) == 300:
                     break
@@ -148,9 +149,9 @@ def test_worker_that_meets_sigbus_is_a_difference(tmp_path):
     pool = Arena(POOL)
     with Session(f"{tmp_path}/s", pool, Limits(), Tally()) as session:
         flags = os.O_RDWR | os.O_CREAT
-        session.perform(Operation(1, "open", 0, {"h": 1, "path": "a", "flags": flags}))
+        perform(session, Operation(1, "open", 0, {"h": 1, "path": "a", "flags": flags}))
         arguments = {"h": 1, "off": 0, "len": 8192, "via": "pwrite", "from": 0}
-        session.perform(Operation(2, "write", 0, arguments))
+        perform(session, Operation(2, "write", 0, arguments))
         arguments = {
             "m": 3,
             "h": 1,
@@ -160,11 +161,11 @@ def test_worker_that_meets_sigbus_is_a_difference(tmp_path):
             "shared": True,
             "huge": False,
         }
-        session.perform(Operation(3, "map", 0, arguments))
+        perform(session, Operation(3, "map", 0, arguments))
         os.truncate(f"{tmp_path}/s/a", 100)  # behind the model's back
         with pytest.raises(Difference) as found:
             read = {"m": 3, "off": PAGE, "len": 10, "via": "load"}
-            session.perform(Operation(4, "mread", 0, read))
+            perform(session, Operation(4, "mread", 0, read))
         assert found.value.kind == "sigbus"
 
 
