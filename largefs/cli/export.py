@@ -10,20 +10,29 @@ import click
 from largefs.cli.errors import die, explained, show
 from largefs.cli.progress import line, size
 from largefs.store import Store
-from largefs.transfer.exporter import Exporter
+from largefs.transfer.exporter import Exporter, copy_original
 
 
 @click.command("export")
 @click.argument("source", metavar="STORE[:PATH]")
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-def command(source: str, directory: Path) -> None:
+@click.option(
+    "--original",
+    is_flag=True,
+    help="STORE[:PATH] is instead a FILE on a mounted largefs: write its original bytes to DIR.",
+)
+def command(source: str, directory: Path, original: bool) -> None:
     """Export PATH of STORE, or all of it, into DIR, which must be empty or missing.
 
     Programs get back the bytes they had before the import aligned them. The store must not be
-    mounted.
+    mounted; with --original a single file is taken from a mount.
 
     Exit code: 0 all exported; 1 something could not be written, or the export ended early.
     """
+    if original:
+        with explained():
+            _export_original(Path(source), directory)
+        return
     store, path = _split(source)
     with explained(), Store.open(store.absolute(), "export") as opened, line() as moving:
         exporter = Exporter(
@@ -41,6 +50,34 @@ def command(source: str, directory: Path) -> None:
         print(f"largefs: {show(name)}: {reason}", file=sys.stderr)
     print(f"{tally.entries} names, {size(tally.copied)} exported")
     sys.exit(1 if tally.failed else 0)
+
+
+def _export_original(file: Path, directory: Path) -> None:
+    """Write what FILE was before the import into DIR, with its mode and times."""
+    try:
+        record = os.getxattr(file, "user.largefs.alignment")
+    except OSError as e:
+        if e.errno == errno.ENODATA:
+            die(f"{file}: was not aligned: it is the original (or is on no mounted largefs)")
+        raise
+    directory.mkdir(parents=True, exist_ok=True)
+    target = directory / file.name
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        st = os.fstat(fd)
+        to = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            copy_original(fd, to, record)
+            os.fchmod(to, st.st_mode & 0o777)
+            os.utime(to, ns=(st.st_atime_ns, st.st_mtime_ns))
+        except BaseException:
+            target.unlink()
+            raise
+        finally:
+            os.close(to)
+    finally:
+        os.close(fd)
+    print(f"{target}: {size(target.stat().st_size)}")
 
 
 def _split(source: str) -> tuple[Path, str]:

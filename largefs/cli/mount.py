@@ -4,13 +4,18 @@ import logging
 import logging.handlers
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from largefs.cli.errors import die
 from largefs.store import Store, StoreError
+
+if TYPE_CHECKING:
+    from largefs.filesystem.options import Options
 
 USAGE, SYSTEM, FAILURE = 1, 2, 32
 """Exit codes of mount(8): bad arguments or permissions; system error; mount failure."""
@@ -23,6 +28,7 @@ USAGE, SYSTEM, FAILURE = 1, 2, 32
 @click.option("-o", "options", multiple=True, metavar="OPTIONS", help="Mount options, by commas.")
 @click.option("-s", "--sloppy", is_flag=True, help="Pass over unknown mount options.")
 @click.option("-v", "--verbose", is_flag=True, help="Say which route to 2 MiB pages was taken.")
+@click.option("--dry-run", is_flag=True, help="Check the arguments; mount nothing.")
 def command(
     store: Path,
     mountpoint: Path,
@@ -30,6 +36,7 @@ def command(
     options: tuple[str, ...],
     sloppy: bool,
     verbose: bool,
+    dry_run: bool,
 ) -> None:
     """Mount STORE at MOUNTPOINT; returns when the mount is usable.
 
@@ -37,25 +44,29 @@ def command(
     """
     from largefs.filesystem.options import OptionError, parse
 
+    store, mountpoint = store.absolute(), mountpoint.absolute()
     try:
         parsed = parse(",".join(options), sloppy=sloppy)
     except OptionError as e:
         die(str(e), USAGE)
+    if dry_run:
+        if not (store / "meta.db").is_file():
+            die(f"{store}: not a largefs store; make one: largefs mkfs {store}", FAILURE)
+        return
+    if parsed.remount:
+        sys.exit(_remount(store, mountpoint, parsed))
     report = sys.stderr.fileno()
     if not foreground:
         report = _into_background(verbose=verbose)
     _log_to(parsed.log, foreground=foreground)
-    _serve(store.absolute(), mountpoint.absolute(), parsed, report, foreground=foreground)
+    _serve(store, mountpoint, parsed, report, foreground=foreground)
 
 
 def _serve(
-    store: Path, mountpoint: Path, options: object, report: int, *, foreground: bool
+    store: Path, mountpoint: Path, options: "Options", report: int, *, foreground: bool
 ) -> None:
     """Open, mount, serve, close; the first thing written to `report` tells how it went."""
     from largefs.filesystem.daemon import Mount, MountError, check_mountpoint
-    from largefs.filesystem.options import Options
-
-    assert isinstance(options, Options)
 
     def ready(said: str) -> None:
         if foreground:
@@ -81,8 +92,24 @@ def _serve(
         sys.exit(FAILURE)
 
 
+def _remount(store: Path, mountpoint: Path, options: "Options") -> int:
+    """Change what the kernel does by itself: ro, nosuid and the like. Returns mount(8)'s exit code."""
+    from largefs.filesystem.options import Options
+
+    asked = ",".join(["remount", *sorted(options.kernel)])
+    if options != Options(kernel=options.kernel, remount=True):
+        print(
+            f"largefs: {mountpoint}: a remount changes ro, rw, nosuid and the like; "
+            "for other options unmount and mount",
+            file=sys.stderr,
+        )
+    mount = ["mount", "-i", "-t", "fuse.largefs", "-o", asked, str(store), str(mountpoint)]
+    return subprocess.run(mount).returncode
+
+
 def _into_background(*, verbose: bool) -> int:
     """Fork; the child goes on with a pipe to report on, the parent waits for it and ends."""
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # what a script left open is not ours to hold
     reading, writing = os.pipe()
     if os.fork():
         os.close(writing)
@@ -121,6 +148,7 @@ def _log_to(file: Path | None, *, foreground: bool) -> None:
         handler = logging.handlers.SysLogHandler("/dev/log", "daemon")
     else:
         handler = logging.StreamHandler()
+        handler.setLevel(logging.INFO if foreground else logging.WARNING)
     handler.setFormatter(logging.Formatter("largefs[%(process)d]: %(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.INFO)
 

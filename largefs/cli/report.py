@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import click
@@ -17,8 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from largefs.cli.output import show
-from largefs.hugetext import coverage, mappings
+from largefs.hugetext import coverage, file_report, mappings
 from largefs.hugetext.coverage import Process, Report, Text
+from largefs.hugetext.file_report import FileReport
 from largefs.hugetext.mappings import Mapping
 
 JSON_SCHEMA = "largefs-report-1"
@@ -28,14 +29,16 @@ JSON_SCHEMA = "largefs-report-1"
 class Selection:
     """Which processes and which of their mappings a report is about."""
 
-    kind: str  # all, pid, program or mountpoint
+    kind: str  # all, pid, program, library or mountpoint
     target: str
     pids: Callable[[], Iterable[int]]
     wanted: Callable[[Mapping], bool] = lambda mapping: True
+    file: FileReport | None = None
+    """The program or library itself, where it was named by its path."""
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("target", required=False, metavar="[PID | PROGRAM | MOUNTPOINT]")
+@click.argument("target", required=False, metavar="[PID|PROGRAM|FILE|MOUNTPOINT]")
 @click.option("--json", "as_json", is_flag=True, help="Write JSON (docs/routes.md has its fields).")
 @click.option("--watch", is_flag=True, help="Repeat every --interval seconds until interrupted.")
 @click.option(
@@ -49,12 +52,14 @@ class Selection:
 def command(target: str | None, as_json: bool, watch: bool, interval: float) -> None:
     """Show how much executable text is on 2 MiB pages, and why the rest is not.
 
-    PID shows one process, mapping by mapping. PROGRAM, a name or the path of an executable, shows
-    its processes. MOUNTPOINT shows the programs that have mapped files of the filesystem mounted
-    there. Without any of these, all programs of the machine are shown. Other users' processes can
-    be read by root only.
+    PID shows one process, mapping by mapping. PROGRAM, the name of an executable, shows its
+    processes. FILE, the path of an executable or a shared object, also shows how much of its text
+    is eligible, why the rest is not, and what the import changed. MOUNTPOINT shows the programs
+    that have mapped files of the filesystem mounted there. Without any of these, all programs of
+    the machine are shown. Other users' processes can be read by root only.
 
-    Exit status: 0 if something was found, 1 if nothing was, 2 for a wrong argument.
+    Exit status: 0 if something was found, 1 if nothing was, 2 for a wrong argument. A file is
+    something, whether or not anything runs it.
     """
     selection = select(target)
     if not watch:
@@ -63,7 +68,7 @@ def command(target: str | None, as_json: bool, watch: bool, interval: float) -> 
             click.echo(json.dumps(to_json(selection, report), indent=2))
         else:
             show(render(selection, report))
-        sys.exit(0 if report.processes else 1)
+        sys.exit(0 if report.processes or selection.file else 1)
     with suppress(KeyboardInterrupt):
         if as_json:
             while True:
@@ -96,7 +101,17 @@ def select(target: str | None) -> Selection:
         if not os.path.exists(target):
             raise click.UsageError(f"{target}: no such file")
         path = os.path.realpath(target)
-        return Selection("program", path, lambda: _running(lambda program: program == path))
+        try:
+            file = file_report.of_path(path)
+        except OSError as e:
+            raise click.UsageError(f"{target}: {e.strerror}") from None
+        if file.now.kind.startswith("shared object"):
+            return Selection(
+                "library", path, coverage.pids, lambda mapping: mapping.path == path, file
+            )
+        return Selection(
+            "program", path, lambda: _running(lambda program: program == path), file=file
+        )
     return Selection(
         "program", target, lambda: _running(lambda program: os.path.basename(program) == target)
     )
@@ -130,8 +145,9 @@ def _sum(processes: Iterable[Process]) -> Text:
 
 def render(selection: Selection, report: Report) -> RenderableType:
     """The report for people."""
+    about = [] if selection.file is None else [*_file(selection.file), ""]
     if not report.processes:
-        return Group(_nothing(selection), *_footnotes(report))
+        return Group(*about, _nothing(selection), *_footnotes(report))
     table = Table(box=None, pad_edge=False, header_style="bold")
     if selection.kind == "pid":
         process = report.processes[0]
@@ -141,7 +157,7 @@ def render(selection: Selection, report: Report) -> RenderableType:
             _row(table, mapped.text, f"{mapped.mapping.start:x} {mapped.mapping.path}")
         if hidden := len(process.mapped) - len(shown):
             table.add_row(*[""] * 5, f"(and {hidden} without eligible text)", style="dim")
-    elif selection.kind == "program":
+    elif selection.kind in ("program", "library"):
         _columns(table, "PROCESS")
         for process in report.processes:
             _row(table, process.text, f"{process.pid} {process.program}")
@@ -158,7 +174,25 @@ def render(selection: Selection, report: Report) -> RenderableType:
     total = _sum(report.processes)
     count = [str(len(report.processes))] if len(table.columns) == 7 else []
     _row(table, total, "total", *count, style="bold")
-    return Group(table, *_reasons(total), *_footnotes(report))
+    return Group(*about, table, *_reasons(total), *_footnotes(report))
+
+
+def _file(file: FileReport) -> list[RenderableType]:
+    """A file's own text, before anything runs it."""
+    now = file.now
+    lines: list[RenderableType] = [f"{_plain(file.path)}: {now.kind}"]
+    if now.build_id:
+        lines.append(f"  build id {now.build_id}")
+    if now.text:
+        lines.append(f"  text {_mib(now.text)}, of which eligible {_mib(now.eligible)}")
+        for why, size in sorted(now.rest.items(), key=lambda item: -item[1]):
+            lines.append(f"  not eligible {_mib(size)}: {why}")
+    if file.original is None:
+        lines.append(f"  as it came; what an import would do: {file.alignment}")
+    else:
+        lines.append(f"  aligned by the import: {file.alignment}")
+        lines.append(f"  eligible before: {_mib(file.original.eligible)}")
+    return lines
 
 
 def _columns(table: Table, last: str, *first: str) -> None:
@@ -189,6 +223,7 @@ def _nothing(selection: Selection) -> str:
         "all": "no executable mapping could be read",
         "pid": f"process {selection.target} maps no executable file, or may not be read",
         "program": f"no running process of {_plain(selection.target)} was found",
+        "library": f"no process has mapped {_plain(selection.target)}",
         "mountpoint": f"no process has mapped a program or library of {_plain(selection.target)}",
     }[selection.kind]
 
@@ -224,6 +259,7 @@ def to_json(selection: Selection, report: Report) -> dict[str, Any]:
         "unit": "bytes",
         "kernel": platform.release(),
         "selection": {"kind": selection.kind, "target": selection.target},
+        **({} if selection.file is None else {"file": asdict(selection.file)}),
         "total": _text_json(_sum(report.processes)),
         "programs": [
             {

@@ -51,6 +51,11 @@ from largefs.stress.session import CannotRunError
     help="How long the processes race on one file after each 5000 operations; 0: never.",
 )
 @click.option(
+    "--tails",
+    is_flag=True,
+    help="Also store behind the end of files through mappings; many filesystems fail this.",
+)
+@click.option(
     "--skip",
     multiple=True,
     type=click.Choice(generator.choices()),
@@ -85,6 +90,7 @@ def command(
     workers: int,
     max_size: int,
     race_seconds: float,
+    tails: bool,
     skip: tuple[str, ...],
     shrink_seconds: float,
     timeout: float,
@@ -107,7 +113,7 @@ def command(
         timeout=timeout,
         race_seconds=race_seconds,
         shrink_seconds=shrink_seconds,
-        skip=frozenset(skip),
+        skip=frozenset(skip) | (frozenset() if tails else {"tail"}),
         save_to=save,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as for an interrupt

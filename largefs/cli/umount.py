@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from largefs.cli.errors import FAILED, die
+from largefs.hugetext import mappings
 from largefs.store import owner
 
 PATIENCE = 60
@@ -19,13 +20,14 @@ PATIENCE = 60
 @click.option("-l", "--lazy", is_flag=True, help="Detach now, end when nobody uses it any more.")
 def command(mountpoint: Path, lazy: bool) -> None:
     """Unmount MOUNTPOINT and wait until its store is closed and can be used again."""
-    mountpoint = mountpoint.absolute()
+    mountpoint = Path(os.path.realpath(mountpoint))  # as mountinfo has it; follows no dead mount
     store = _store_mounted_at(mountpoint)
     if store is None:
         die(f"{mountpoint}: no largefs is mounted here")
     holder = owner.read(Path(store))
     daemon = _pidfd(holder.pid) if holder else -1
-    tool = ["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]
+    # -i: without umount.fuse.largefs, which is this very command.
+    tool = ["umount", "-i"] if os.geteuid() == 0 else ["fusermount3", "-u"]
     options = (["-l"] if os.geteuid() == 0 else ["-z"]) if lazy else []
     done = subprocess.run([*tool, *options, str(mountpoint)], capture_output=True, text=True)
     if done.returncode:
@@ -38,20 +40,10 @@ def command(mountpoint: Path, lazy: bool) -> None:
 
 def _store_mounted_at(mountpoint: Path) -> str | None:
     """The source of the last fuse.largefs mount at this path (proc_pid_mountinfo(5))."""
-    found = None
-    with open("/proc/self/mountinfo") as mounts:
-        for mount in mounts:
-            fields, _, tail = mount.partition(" - ")
-            kind, source, *_ = tail.split()
-            if kind == "fuse.largefs" and _unescape(fields.split()[4]) == str(mountpoint):
-                found = _unescape(source)
-    return found
-
-
-def _unescape(field: str) -> str:
-    for code in ("040", "011", "012", "134"):
-        field = field.replace(f"\\{code}", chr(int(code, 8)))
-    return field
+    for mount in reversed(mappings.mounts()):
+        if mount.fstype == "fuse.largefs" and mount.mountpoint == str(mountpoint):
+            return mount.source
+    return None
 
 
 def _pidfd(pid: int) -> int:

@@ -121,7 +121,7 @@ class Mount:
         )
 
     def _fuse_options(self) -> set[str]:
-        options = {"default_permissions", f"fsname={self._store.path}", "subtype=largefs"}
+        options = {"default_permissions", f"fsname={_escape(self._store.path)}", "subtype=largefs"}
         if self._options.allow_other:
             options.add("allow_other")
         return options | self._options.kernel
@@ -202,6 +202,11 @@ async def _never_fails(task: Callable[..., object], *args: object) -> None:
         await task(*args)  # type: ignore[misc]
     except Exception:
         log.exception("a background task ended: %r", task)
+
+
+def _escape(path: Path) -> str:
+    """A path within a list of options, as libfuse's fuse_opt.c reads it."""
+    return str(path).replace("\\", "\\\\").replace(",", "\\,")
 
 
 def _has_eligible_text(fd: int) -> bool:

@@ -4,6 +4,7 @@ extent_size         bytes of an extent, decimal
 text_ranges         OFFSET:LENGTH of each range of eligible text, in bytes, separated by spaces
 route               how this mount gets 2 MiB pages: passthrough, folio, collapse or none
 coverage_possible   eligible text divided by all text of the file, 0.00 to 1.00
+alignment           what the import changed of the file, for `largefs export --original`; binary
 checksum            xxh3-128 of each extent that holds data, NUMBER:HEX, separated by spaces
 """
 
@@ -39,6 +40,8 @@ class Hints:
             return str(EXTENT_SIZE).encode()
         if kind == b"checksum":
             return self._checksum(row)
+        if kind == b"alignment" and (alignment := self._store.alignment(row.id)):
+            return alignment[1]
         if kind in (b"text_ranges", b"coverage_possible"):
             found = await trio.to_thread.run_sync(self._text, row.id)
             if kind == b"coverage_possible":

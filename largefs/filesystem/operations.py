@@ -34,7 +34,14 @@ from pyfuse3 import (
 from largefs.filesystem import acl, hints
 from largefs.filesystem.attributes import entry, entry_in_writing, missing
 from largefs.filesystem.commits import Commits
-from largefs.filesystem.files import Files, drop_privilege_bits, handle, inode_of, is_writable
+from largefs.filesystem.files import (
+    Files,
+    drop_privilege_bits,
+    handle,
+    inode_of,
+    is_writable,
+    write_back,
+)
 from largefs.filesystem.hints import Hints
 from largefs.filesystem.verify import Verify
 from largefs.filesystem.warmup import Warmup
@@ -461,7 +468,8 @@ class Filesystem(pyfuse3.Operations):
 
     @handler
     async def flush(self, fh: FileHandleT) -> None:
-        """close(2) of one descriptor: nothing is held back."""
+        """close(2) of one descriptor: nothing is held back, so the kernel need not ask again."""
+        raise FUSEError(errno.ENOSYS)
 
     @handler
     async def release(self, fh: FileHandleT) -> None:
@@ -485,7 +493,14 @@ class Filesystem(pyfuse3.Operations):
 
     @handler
     async def lseek(self, fh: FileHandleT, offset: int, whence: int) -> int:
-        """lseek(2) with SEEK_DATA and SEEK_HOLE."""
+        """lseek(2) with SEEK_DATA and SEEK_HOLE.
+
+        The kernel asks without first writing back what a mapping dirtied in its own cache
+        (fuse_lseek() in fs/fuse/file.c): we have it do so, lest data is said to be a hole.
+        """
+        inode = inode_of(fh)
+        if inode in self._files.writing and not self._files.passthrough:
+            await trio.to_thread.run_sync(write_back, inode)
         return os.lseek(self._files.fd(fh), offset, whence)
 
     @handler

@@ -7,16 +7,22 @@ from pathlib import Path
 from largefs.filesystem.warmup import When
 from largefs.hugetext.routes import Route
 
-KERNEL = frozenset(
-    "ro rw suid nosuid dev nodev exec noexec atime noatime relatime norelatime strictatime diratime "
-    "nodiratime async sync dirsync lazytime nolazytime".split()
-)
-"""Options that mount(2) knows; libfuse passes them on."""
+KERNEL = frozenset("ro rw suid nosuid dev nodev exec noexec sync async".split())
+"""Options of mount(2) that libfuse passes on to the kernel."""
 
 IGNORED = frozenset(
-    "defaults auto noauto user nouser users owner group nofail _netdev default_permissions".split()
+    # for mount(8) and fstab(5) alone
+    "defaults auto noauto user nouser users nousers owner noowner group nogroup nofail _netdev "
+    "comment uhelper helper "
+    # always on, and what mountinfo shows of every FUSE mount (mount(8) hands it on at a remount)
+    "default_permissions user_id group_id rootmode fd "
+    # without effect on any FUSE filesystem: the kernel leaves access times to the daemon
+    # (S_NOATIME, fuse_iget() in fs/fuse/inode.c), and libfuse refuses most of them
+    "atime noatime relatime norelatime strictatime nostrictatime diratime nodiratime lazytime nolazytime "
+    # directories are as durable as commit= says
+    "dirsync".split()
 )
-"""Options for mount(8) and fstab(5) alone, and those that are always on."""
+"""Options that are accepted and change nothing."""
 
 
 class OptionError(ValueError):
@@ -37,6 +43,8 @@ class Options:
     """A file for the daemon's messages; None: the system log, or standard error in the foreground."""
     allow_other: bool = field(default_factory=lambda: os.geteuid() == 0)
     kernel: frozenset[str] = frozenset()
+    remount: bool = False
+    """Change the kernel's options of a mount that is there."""
 
 
 def parse(text: str, *, sloppy: bool = False) -> Options:
@@ -44,15 +52,23 @@ def parse(text: str, *, sloppy: bool = False) -> Options:
     options = Options()
     for item in filter(None, text.split(",")):
         name, _, value = item.partition("=")
-        if name in IGNORED or name.startswith(("x-", "comment", "uhelper")):
+        if name in IGNORED or name.startswith(("x-", "X-")):
             continue
-        if item in KERNEL:
-            options = replace(options, kernel=options.kernel | {item})
+        if item == "remount":
+            options = replace(options, remount=True)
+        elif item in KERNEL:
+            options = replace(options, kernel=options.kernel - {_opposite(item)} | {item})
         elif known := _ours(options, name, value):
             options = known
         elif not sloppy:
             raise OptionError(f"unknown mount option '{item}'; docs/mount-options.md lists them")
     return options
+
+
+def _opposite(item: str) -> str:
+    """The option of KERNEL that `item` takes back: of two, the last one holds (mount(8))."""
+    pairs = {"ro": "rw", "rw": "ro", "sync": "async", "async": "sync"}
+    return pairs.get(item) or (item[2:] if item.startswith("no") else "no" + item)
 
 
 def _ours(options: Options, name: str, value: str) -> Options | None:

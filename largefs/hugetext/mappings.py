@@ -251,6 +251,7 @@ class Mount:
     device: int  # st_dev
     mountpoint: str
     fstype: str  # with the subtype: fuse.largefs
+    source: str
 
 
 def mounts(pid: int | str = "self") -> list[Mount]:
@@ -261,9 +262,13 @@ def mounts(pid: int | str = "self") -> list[Mount]:
     for line in lines:
         before, _, after = line.partition(b" - ")
         device, mountpoint = before.split()[2], before.split()[4]
+        fstype, source = after.split()[:2]
         major, minor = device.split(b":")
-        # Blank, tab, newline and backslash are written as three octal digits.
-        plain = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), mountpoint)
-        fstype = after.split()[0].decode()
-        found.append(Mount(os.makedev(int(major), int(minor)), os.fsdecode(plain), fstype))
+        number = os.makedev(int(major), int(minor))
+        found.append(Mount(number, _plain(mountpoint), fstype.decode(), _plain(source)))
     return found
+
+
+def _plain(field: bytes) -> str:
+    """Undo mountinfo's escapes: blank, tab, newline, backslash and # are three octal digits."""
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), field))

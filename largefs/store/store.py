@@ -127,6 +127,7 @@ class Store:
         self.unsettled = []
         self._new: set[int] = set()  # made since the last commit
         self._settled: set[int] = set()  # clean as soon as their extents are durable
+        self._marked: set[int] = set()  # writing = 1 since the last commit, clean on disk
         self._dropped: list[int] = []  # to be removed after the next commit
         self._failed = False
         self._full = False  # the last commit found no room
@@ -382,6 +383,7 @@ class Store:
             raise StoreError(f"{self.path}: cannot commit: {_reason(e)}") from e
         self._settled.difference_update(i for (i,) in done)
         self._new.clear()
+        self._marked.clear()
         dropped, self._dropped = self._dropped, []
         return dropped
 
@@ -780,13 +782,13 @@ class Store:
         or a crash would leave checksums that claim too much.
         """
         self._settled.discard(inode)
-        row = self.get(inode)
-        if row.writing:
-            return False
-        with self.change():
-            self.db.execute("UPDATE inodes SET writing = 1 WHERE id = ?", (inode,))
-            self.db.execute("DELETE FROM alignments WHERE inode = ?", (inode,))
-        return inode not in self._new
+        if not self.get(inode).writing:
+            with self.change():
+                self.db.execute("UPDATE inodes SET writing = 1 WHERE id = ?", (inode,))
+                self.db.execute("DELETE FROM alignments WHERE inode = ?", (inode,))
+            if inode not in self._new:
+                self._marked.add(inode)
+        return inode in self._marked
 
     def has_writer(self, inode: int) -> bool:
         """Whether a process has the backing file open for writing, or mapped so; raises OSError."""

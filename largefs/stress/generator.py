@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from largefs.stress import program, syscalls
+from largefs.stress.checks import mode_name
 from largefs.stress.model import Handle, Mapping, Model
-from largefs.stress.session import CannotRunError, Limits, Operation, Tally, mode_name
+from largefs.stress.session import CannotRunError, Limits, Operation, Tally
 from largefs.stress.syscalls import PAGE, PMD
 
 POOL = 12 << 20  # bytes of random data that all writes are taken from
@@ -60,6 +61,7 @@ _WEIGHTS = {
     "unmap": 8,
     "madvise": 16,
     "fork": 4,
+    "tail": 12,
     "rename": 3,
     "unlink": 2,
     "huge": 6,
@@ -69,12 +71,13 @@ _WEIGHTS = {
 }  # fmt: skip
 
 
+_FLAGS = {"append": os.O_APPEND, "o-trunc": os.O_TRUNC}
 MODE_NAMES = tuple(sorted({mode_name(mode) for mode in FALLOCATE_MODES}))
 
 
 def choices() -> tuple[str, ...]:
-    """The names that ``--skip`` takes: operations, and single modes of fallocate."""
-    return (*sorted(_WEIGHTS), *MODE_NAMES, "append", "race")
+    """The names that ``--skip`` takes: operations, modes of fallocate, flags of open."""
+    return (*sorted(_WEIGHTS), *MODE_NAMES, *_FLAGS, "race")
 
 
 def source_of(number: int, length: int) -> int:
@@ -320,8 +323,9 @@ class Generator:
                     os.O_RDWR | os.O_CREAT | os.O_APPEND,
                 )
             )
-            if "append" in self._skip:
-                flags &= ~os.O_APPEND
+            for name, flag in _FLAGS.items():
+                if name in self._skip:
+                    flags &= ~flag
         mine = sum(h.worker == index for h in self._model.handles.values())
         if mine < 3 * len(self._names) + 2:
             path = name or self._random.choice(self._names)
@@ -438,6 +442,41 @@ class Generator:
         number, mapping = found
         if place := self._inside(mapping, mapping.inode.size):
             self._emit_write("fork", mapping.worker, place[1], m=number, off=place[0], write=write)
+
+    def _tail(self) -> None:
+        """Store behind the end of a file and change its size: what was stored must be gone."""
+        r = self._random
+        found = self._mapping(
+            lambda m: (
+                m.writable
+                and m.offset < m.inode.size < min(m.inode.mapped_end, m.offset + m.length)
+            )
+        )
+        handle = found and self._handle(
+            lambda h: h.writable and h.inode is found[1].inode and h.worker == found[1].worker
+        )
+        if not found or not handle:
+            return
+        number, mapping = found
+        inode = mapping.inode
+        at = inode.size - mapping.offset + r.choice((0, 0, 1))
+        length = inode.mapped_end - mapping.offset - at
+        most = self._limits.max_size
+        size = min(most, inode.size + r.choice((-1, 1, 7, PAGE, PMD)))
+        if length <= 0 or size == inode.size:
+            return
+        self._emit_write("tail", mapping.worker, length, m=number, h=handle[0], off=at, size=size)
+        start = max(0, inode.size - 16)
+        if size > start:
+            length = min(size - start, PAGE)
+            for via in ("pread", "load"):
+                if via == "pread":
+                    self._emit("read", mapping.worker, h=handle[0], off=start, len=length, via=via)
+                elif start >= mapping.offset and start + length <= mapping.offset + mapping.length:
+                    self._emit(
+                        "mread", mapping.worker,
+                        m=number, off=start - mapping.offset, len=length, via=via,
+                    )  # fmt: skip
 
     def _huge(self) -> None:
         """Get 2 MiB folios where possible: write back, drop, read through a huge mapping."""

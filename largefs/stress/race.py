@@ -263,7 +263,7 @@ def _truncater(player: _Player, _: int) -> None:
 def _cut(player: _Player, shared: _Shared, fd: int, cut: int, inside: int) -> None:
     """Truncate to ``inside`` bytes of a block, and extend again: all from there on is zero."""
     events = {}
-    kept = _content(shared.done(cut)[0], _TRUNCATER, cut)[:inside]
+    before = _content(shared.done(cut)[0], _TRUNCATER, cut)
     for block in range(cut, _TOTAL):
         done = shared.done(block)[0]
         events[block] = done + 1 + done % 2  # the next odd one
@@ -279,8 +279,12 @@ def _cut(player: _Player, shared: _Shared, fd: int, cut: int, inside: int) -> No
             time.sleep(0.0005)
     if inside:
         found = os.pread(fd, BLOCK, cut * BLOCK)
-        if found != kept.ljust(BLOCK, b"\0"):
-            kind = "stale" if any(found[inside:]) else "lost-write"
+        if found != before[:inside].ljust(BLOCK, b"\0"):
+            kind = "garbage"
+            if found == before:
+                kind = "stale"
+            elif not any(found):
+                kind = "lost-write"
             raise player.difference(kind, f"block cut after {inside} bytes", cut, "read")
         os.pwrite(fd, _ZEROS, cut * BLOCK)
     for block, event in events.items():

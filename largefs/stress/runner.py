@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import largefs
-from largefs.stress import race
+from largefs.stress import checks, race
 from largefs.stress.generator import MODE_NAMES, POOL, Generator
 from largefs.stress.replay import Replay, load, save
 from largefs.stress.report import Difference
@@ -186,7 +186,7 @@ def _one_session(
 
         def perform(op: Operation) -> None:
             done.append(op)
-            session.perform(op)
+            checks.perform(session, op)
 
         try:
             for count, op in enumerate(generator, 1):
@@ -256,7 +256,7 @@ def _play(root: str, pool: Arena, limits: Limits, operations: list[Operation]) -
     with Session(root, pool, limits, Tally()) as session:
         try:
             for op in operations:
-                session.perform(op)
+                checks.perform(session, op)
         except Difference as difference:
             return difference
     return None

@@ -212,6 +212,15 @@ def _madvise(w: _Worker, a: Arguments) -> Answer:
 
 
 @_operation
+def _tail(w: _Worker, a: Arguments) -> Answer:
+    """Store behind the end of the file, in its last page, and then change the size."""
+    mapping, fd = w.mappings[a["m"]], w.files[a["h"]]
+    _store(w, mapping.address + a["off"], a["from"], a["len"], "store")
+    os.ftruncate(fd, a["size"])
+    return 0, _size(fd)
+
+
+@_operation
 def _probe(w: _Worker, a: Arguments) -> Answer:
     """Whether the page at each offset of a mapping can be had; its byte lands in the arena."""
     mapping, answers = w.mappings[a["m"]], []

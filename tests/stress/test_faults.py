@@ -26,7 +26,7 @@ FAULTS = {
 def test_fault_is_found_and_replayed(stress, faulty, tmp_path, fault):
     root = faulty(fault)
     replay = tmp_path / "replay.jsonl"
-    options = ("--seed", 2, "--ops", 10000, "--race", 0, "--shrink", 20, "--save", replay)
+    options = ("--seed", 2, "--ops", 10000, "--race", 0, "--shrink", 60, "--save", replay)
     found = stress(root, *options, expect=1)
     assert found["difference"]["kind"] in FAULTS[fault], found["difference"]
     assert not os.listdir(root), "the tool left something behind"
@@ -56,7 +56,7 @@ def test_hang_is_found(stress, faulty, tmp_path):
         ("zeros", {"lost-write"}),
         ("garbage", {"garbage"}),
         ("lost-write", {"lost-write"}),
-        ("read-error", {"errno", "sigbus"}),
+        ("read-error", {"errno", "sigbus", "short"}),
     ],
 )
 def test_race_finds_it_too(faulty, fault, kinds):
@@ -65,6 +65,15 @@ def test_race_finds_it_too(faulty, fault, kinds):
         for attempt in range(10):
             race.run(str(root), f"{fault} {attempt}", 0.5, 30)
     assert found.value.kind in kinds, found.value
+
+
+def test_race_is_replayed(stress, faulty, tmp_path):
+    root, replay = faulty("garbage"), tmp_path / "replay.jsonl"
+    only = [f"--skip={name}" for name in ("read", "mread", "fork", "seek", "tail", "huge", "run")]
+    options = ("--seed", 1, "--ops", 1, "--race", 1, "--save", replay)
+    found = stress(root, *options, *only, expect=1)["difference"]
+    assert found["path"] == "race" and found["kind"] == "garbage"
+    assert stress(root, "--replay", replay, expect=1)["difference"]["kind"] == "garbage"
 
 
 def test_correct_filesystem_is_silent(stress, faulty):

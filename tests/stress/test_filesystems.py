@@ -23,8 +23,8 @@ def test_xfs(stress, mounted, tmp_path):
     with image.open("wb") as out:
         out.truncate(400 << 20)
     subprocess.run(["mkfs.xfs", "-q", str(image)], check=True)
-    result = stress(mounted("-o", "loop", str(image)), *OPTIONS, expect=0)
-    assert result["counts"]["fallocate"] > 20
+    result = stress(mounted("-o", "loop", str(image)), *OPTIONS, "--tails", expect=0)
+    assert result["counts"]["fallocate"] > 20 and result["counts"]["tail"] > 2
     if os.path.exists("/sys/kernel/mm/transparent_hugepage"):
         assert result["pmd_mapped"]["most_bytes"] >= 2 << 20
 
