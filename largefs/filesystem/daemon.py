@@ -86,7 +86,6 @@ class Mount:
             self._warmup,
             Verify(store, enabled=options.verify),
             opendir_needed=CHANNEL is None,
-            on_ready=lambda: None,
         )
 
     def run(self, on_ready: Callable[[str], None]) -> None:
@@ -95,6 +94,7 @@ class Mount:
         `on_ready` gets one line about the route as soon as the mount is usable. Raises MountError.
         """
         _raise_file_limit()
+        signal.signal(signal.SIGIO, signal.SIG_IGN)  # somebody broke a lease of backing.has_writer
         probe = _probe(self._store.path)
         if CHANNEL is not None:
             CHANNEL.want(self._wanted(probe))
@@ -130,7 +130,6 @@ class Mount:
         async with trio.open_nursery() as nursery:
             for task in (
                 self._commits.run,
-                self._commits.heartbeat,
                 self._files.run_watch,
                 self._warmup.run_background,
                 *[self._files.run_checksums] * CHECKSUM_TASKS,

@@ -102,7 +102,6 @@ class Filesystem(pyfuse3.Operations):
         verify: Verify,
         *,
         opendir_needed: bool,
-        on_ready: Callable[[], None],
     ) -> None:
         super().__init__()
         self._store = store
@@ -112,12 +111,7 @@ class Filesystem(pyfuse3.Operations):
         self._warmup = warmup
         self._verify = verify
         self._opendir_needed = opendir_needed
-        self._on_ready = on_ready
         self._lookups: dict[int, int] = {}  # what the kernel holds, to be given back by forget
-
-    def init(self) -> None:
-        """INIT was answered: the mount is usable."""
-        self._on_ready()
 
     # ---------------------------------------------------------------------------------- replies
 

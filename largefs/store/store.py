@@ -130,6 +130,7 @@ class Store:
         self._marked: set[int] = set()  # writing = 1 since the last commit, clean on disk
         self._dropped: list[int] = []  # to be removed after the next commit
         self._failed = False
+        self._holder: owner.Holder | None = None
         self._full = False  # the last commit found no room
         self._log = -1  # SQLite's write-ahead log
         self._last = 0  # the highest inode number given by `reserve`
@@ -199,6 +200,8 @@ class Store:
             self.db.close()
             self.backing.close()
             os.close(self._log)
+            if self._holder:
+                self._holder.release()
             if isinstance(e, (OSError, apsw.Error)):
                 raise StoreError(f"{path}: cannot open: {_reason(e)}") from e
             raise
@@ -209,7 +212,7 @@ class Store:
         if superblock is None:
             raise StoreError(f"{self.path}: damaged; run: largefs check --repair {self.path}")
         self.uuid, clean = superblock
-        owner.write(self.path, owner.current(purpose))
+        self._holder = owner.Holder(self.path, purpose)
         with contextlib.suppress(OSError):  # a disk that is full already: what there is must do
             self._allocate_log(LOG_RESERVE)
         with self.change():
@@ -285,7 +288,8 @@ class Store:
             self.db.close()
             self.backing.close()
             os.close(self._log)
-            owner.remove(self.path)
+            if self._holder:
+                self._holder.release()
 
     def __enter__(self) -> "Store":
         return self
