@@ -200,7 +200,9 @@ class Session:
                 raise Difference("errno", f"stat of {name} failed: {error.strerror}") from error
         if size != inode.size:
             raise Difference(
-                "size", f"{how} says {size} bytes, not {inode.size}, after {op.kind}", path=name
+                "size",
+                f"{how} of {name} says {size} bytes, not {inode.size}, after {op.kind}",
+                path=name,
             )
 
     def compare(self, op: Operation, inode: Inode, offset: int, length: int, how: str) -> None:
