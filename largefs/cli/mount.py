@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 USAGE, SYSTEM, FAILURE = 1, 2, 32
 """Exit codes of mount(8): bad arguments or permissions; system error; mount failure."""
 
+LOG_SIZE = 1 << 20
+"""Bytes of STORE/log before it is moved to STORE/log.1, which goes the time after."""
+
 
 @click.command("mount")
 @click.argument("store", type=click.Path(path_type=Path))
@@ -58,7 +61,7 @@ def command(
     report = sys.stderr.fileno()
     if not foreground:
         report = _into_background(verbose=verbose)
-    _log_to(parsed.log, foreground=foreground)
+    _log_to(parsed.log, store, foreground=foreground)
     _serve(store, mountpoint, parsed, report, foreground=foreground)
 
 
@@ -139,16 +142,19 @@ def _detach_output() -> None:
     os.close(null)
 
 
-def _log_to(file: Path | None, *, foreground: bool) -> None:
-    """Messages go to a file if one is named, to stderr in the foreground, else to the system log."""
+def _log_to(file: Path | None, store: Path, *, foreground: bool) -> None:
+    """Where messages go: a file that is named; stderr in the foreground; the system log; STORE/log."""
     handler: logging.Handler
     if file is not None:
         handler = logging.FileHandler(file)
-    elif not foreground and Path("/dev/log").exists():
+    elif foreground:
+        handler = logging.StreamHandler()
+    elif Path("/dev/log").exists():
         handler = logging.handlers.SysLogHandler("/dev/log", "daemon")
     else:
-        handler = logging.StreamHandler()
-        handler.setLevel(logging.INFO if foreground else logging.WARNING)
+        handler = logging.handlers.RotatingFileHandler(
+            store / "log", maxBytes=LOG_SIZE, backupCount=1, delay=True
+        )
     handler.setFormatter(logging.Formatter("largefs[%(process)d]: %(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.INFO)
 
