@@ -23,6 +23,9 @@ COMMANDS = {
 }
 """Each command, and the module that has it as `command`; loaded when it is needed."""
 
+USAGE = {"mount": 1, "check": 16}
+"""Exit codes for wrong arguments, where those of mount(8) and fsck(8) apply; 2 for all others."""
+
 
 class Commands(click.Group):
     """The group: commands in the order above, each loaded by itself."""
@@ -47,5 +50,17 @@ def cli() -> None:
 
 
 def main() -> None:
-    """The entry point of the command `largefs`."""
-    sys.exit(cli())
+    """The entry point of the command `largefs`. A wrong argument is one line, and exit code 2."""
+    try:
+        sys.exit(cli.main(standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as e:
+        e.show()
+        sys.exit(e.exit_code)
+    except click.ClickException as e:
+        context = getattr(e, "ctx", None)
+        command = context.command_path if context else "largefs"
+        print(f"largefs: {e.format_message().rstrip('.')} (see {command} --help)", file=sys.stderr)
+        sys.exit(USAGE.get(context.info_name or "", e.exit_code) if context else e.exit_code)
+    except click.Abort:
+        print("largefs: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -13,22 +13,11 @@ from largefs.cli.progress import line, size
 from largefs.store import StoreError
 from largefs.store.check import Problem, Report, check
 
-CORRECTED, LEFT, OPERATIONAL, USAGE, CANCELLED = 1, 4, 8, 16, 32
-"""Exit codes of fsck(8); the first two may come together."""
+CORRECTED, LEFT, OPERATIONAL, CANCELLED = 1, 4, 8, 32
+"""Exit codes of fsck(8), with 16 for wrong usage; the first two may come together."""
 
 
-class _Command(click.Command):
-    """A command whose usage errors have fsck(8)'s exit code."""
-
-    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        try:
-            return super().make_context(*args, **kwargs)
-        except click.UsageError as e:
-            e.show()
-            sys.exit(USAGE)
-
-
-@click.command("check", cls=_Command)
+@click.command("check")
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--data", is_flag=True, help="Also read all data and compare it with its checksums.")
 @click.option("--repair", is_flag=True, help="Mend what can be mended with nothing lost.")
