@@ -75,7 +75,7 @@ class Mount:
 
     def detach(self) -> None:
         """Take away what is mounted, whatever state it is in; returns when the daemon is gone."""
-        while _is_mounted(self.path):
+        while is_mounted(self.path):
             if subprocess.run(["umount", "-l", self.path], capture_output=True).returncode:
                 break
         if self.pid:
@@ -127,7 +127,7 @@ class Mounts:
                 largefs("check", mount.store, "--data")
 
 
-def _is_mounted(path: Path) -> bool:
+def is_mounted(path: Path) -> bool:
     """Whether anything is mounted here, be its daemon alive or gone."""
     with open("/proc/self/mountinfo") as mounts:
         return any(line.split()[4] == str(path) for line in mounts)

@@ -92,7 +92,7 @@ def select(target: str | None) -> Selection:
     place = os.path.abspath(target)
     for mount in reversed(mappings.mounts()):
         if mount.mountpoint in (place, os.path.realpath(place)):
-            return Selection("mountpoint", place, coverage.pids, _on_device(mount.device))
+            return Selection("mountpoint", place, coverage.pids, _of_mount(mount))
     if os.path.isdir(target):
         raise click.UsageError(
             f"nothing is mounted on {target}: name a mountpoint, a program or a PID"
@@ -117,8 +117,13 @@ def select(target: str | None) -> Selection:
     )
 
 
-def _on_device(device: int) -> Callable[[Mapping], bool]:
-    return lambda mapping: mapping.device == device
+def _of_mount(mount: mappings.Mount) -> Callable[[Mapping], bool]:
+    """Whether a mapping is of a file of the mount.
+
+    With passthrough to a store on overlayfs, /proc/PID/maps shows the backing file instead.
+    """
+    backing = f"{mount.source}/extents/"
+    return lambda mapping: mapping.device == mount.device or mapping.path.startswith(backing)
 
 
 def _running(matches: Callable[[str], bool]) -> list[int]:

@@ -118,16 +118,18 @@ def command(
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as for an interrupt
 
-    def progress(operations: int, elapsed: float) -> None:
-        of = f"of {ops:,}" if ops else f"in {elapsed:.0f} of {seconds:.0f} s"
-        print(f"\rseed {plan.seed}: {operations:,} operations {of}\x1b[K", end="", file=sys.stderr)
+    terminal = sys.stderr.isatty()
+
+    def progress(what: str) -> None:
+        if terminal:
+            print(f"\rseed {plan.seed}: {what}\x1b[K", end="", file=sys.stderr, flush=True)
 
     try:
         if replay:
             result = runner.replay(plan, replay)
         else:
-            result = runner.run(plan, progress if sys.stderr.isatty() else lambda *_: None)
-            if sys.stderr.isatty():
+            result = runner.run(plan, progress)
+            if terminal:
                 print("\r\x1b[K", end="", file=sys.stderr)
     except CannotRunError as error:
         print(f"largefs stress: {error}", file=sys.stderr)

@@ -6,7 +6,7 @@ from functools import partial
 
 import trio
 
-from largefs.store import ReadOnlyError, Store, StoreError, owner
+from largefs.store import DiskFullError, ReadOnlyError, Store, StoreError
 from largefs.store.store import fail
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,8 @@ class Commits:
                 raise fail(errno.EROFS) from None
             except StoreError as e:
                 log.error("%s", e)
-                raise fail(errno.ENOSPC if "full" in str(e) else errno.EIO) from None
+                full = isinstance(e, DiskFullError)
+                raise fail(errno.ENOSPC if full else errno.EIO) from None
         if dropped:
             await trio.to_thread.run_sync(partial(self._remove, dropped))
 
@@ -54,12 +55,3 @@ class Commits:
                 await self.commit()
             except OSError as e:
                 log.error("commit failed: %s", e)
-
-    async def heartbeat(self) -> None:
-        """Show other hosts that the store is held, for ever."""
-        while True:
-            await trio.sleep(owner.HEARTBEAT)
-            try:
-                owner.refresh(self._store.path)
-            except OSError as e:
-                log.error("cannot refresh the owner file: %s", e)

@@ -86,7 +86,6 @@ class Mount:
             self._warmup,
             Verify(store, enabled=options.verify),
             opendir_needed=CHANNEL is None,
-            on_ready=lambda: None,
         )
 
     def run(self, on_ready: Callable[[str], None]) -> None:
@@ -95,7 +94,8 @@ class Mount:
         `on_ready` gets one line about the route as soon as the mount is usable. Raises MountError.
         """
         _raise_file_limit()
-        probe = routes.probe(self._store.path)
+        signal.signal(signal.SIGIO, signal.SIG_IGN)  # somebody broke a lease of backing.has_writer
+        probe = _probe(self._store.path)
         if CHANNEL is not None:
             CHANNEL.want(self._wanted(probe))
         try:
@@ -130,7 +130,6 @@ class Mount:
         async with trio.open_nursery() as nursery:
             for task in (
                 self._commits.run,
-                self._commits.heartbeat,
                 self._files.run_watch,
                 self._warmup.run_background,
                 *[self._files.run_checksums] * CHECKSUM_TASKS,
@@ -182,6 +181,18 @@ class Mount:
     def _end(self) -> None:
         pyfuse3.close(unmount=True)
         self._files.finish()
+
+
+def _probe(store: Path) -> routes.Probe:
+    """Try the routes. It takes some room: a full disk must be mounted without, to be cleared up."""
+    try:
+        return routes.probe(store)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        why = "no room to try the routes; make room and mount again"
+        offers = tuple(routes.Offer(route, route is Route.NONE, why) for route in Route)
+        return routes.Probe(offers, offered=None, stack_depth=1)
 
 
 async def _never_fails(task: Callable[..., object], *args: object) -> None:

@@ -350,6 +350,17 @@ def invalidate_attributes(inode: int) -> None:
         pass  # the kernel does not know the inode, or the mount is gone
 
 
+def write_back(inode: int) -> None:
+    """Have the kernel write back what its own cache holds of the inode, and drop it.
+
+    Waits for WRITE requests, so never on the event loop.
+    """
+    try:
+        pyfuse3.invalidate_inode(pyfuse3.InodeT(inode))
+    except OSError:
+        pass  # the kernel does not know the inode, or the mount is gone
+
+
 def drop_privilege_bits(row: Inode) -> int:
     """The mode without set-user-ID, and without set-group-ID where it means execution (chown(2))."""
     mode = row.mode & ~stat.S_ISUID

@@ -34,7 +34,14 @@ from pyfuse3 import (
 from largefs.filesystem import acl, hints
 from largefs.filesystem.attributes import entry, entry_in_writing, missing
 from largefs.filesystem.commits import Commits
-from largefs.filesystem.files import Files, drop_privilege_bits, handle, inode_of, is_writable
+from largefs.filesystem.files import (
+    Files,
+    drop_privilege_bits,
+    handle,
+    inode_of,
+    is_writable,
+    write_back,
+)
 from largefs.filesystem.hints import Hints
 from largefs.filesystem.verify import Verify
 from largefs.filesystem.warmup import Warmup
@@ -95,7 +102,6 @@ class Filesystem(pyfuse3.Operations):
         verify: Verify,
         *,
         opendir_needed: bool,
-        on_ready: Callable[[], None],
     ) -> None:
         super().__init__()
         self._store = store
@@ -105,12 +111,7 @@ class Filesystem(pyfuse3.Operations):
         self._warmup = warmup
         self._verify = verify
         self._opendir_needed = opendir_needed
-        self._on_ready = on_ready
         self._lookups: dict[int, int] = {}  # what the kernel holds, to be given back by forget
-
-    def init(self) -> None:
-        """INIT was answered: the mount is usable."""
-        self._on_ready()
 
     # ---------------------------------------------------------------------------------- replies
 
@@ -486,7 +487,14 @@ class Filesystem(pyfuse3.Operations):
 
     @handler
     async def lseek(self, fh: FileHandleT, offset: int, whence: int) -> int:
-        """lseek(2) with SEEK_DATA and SEEK_HOLE."""
+        """lseek(2) with SEEK_DATA and SEEK_HOLE.
+
+        The kernel asks without first writing back what a mapping dirtied in its own cache
+        (fuse_lseek() in fs/fuse/file.c): we have it do so, lest data is said to be a hole.
+        """
+        inode = inode_of(fh)
+        if inode in self._files.writing and not self._files.passthrough:
+            await trio.to_thread.run_sync(write_back, inode)
         return os.lseek(self._files.fd(fh), offset, whence)
 
     @handler

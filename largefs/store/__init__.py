@@ -10,6 +10,7 @@ check.py    finds and repairs damage
 from largefs.store.backing import EXTENT_SIZE
 from largefs.store.errors import (
     BusyError,
+    DiskFullError,
     NewerFormatError,
     NotAStoreError,
     ReadOnlyError,
@@ -25,6 +26,7 @@ __all__ = [
     "BusyError",
     "Content",
     "Dentry",
+    "DiskFullError",
     "Inode",
     "NewerFormatError",
     "NotAStoreError",

@@ -147,12 +147,12 @@ def _hold(path: Path, *, repair: bool) -> Iterator[apsw.Connection]:
         raise BusyError(f"{path}: in use: {other}; end that first")
     if repair:
         db = connect(meta)
+        holder = owner.Holder(path, "check --repair")
         try:
-            owner.write(path, owner.current("check --repair"))
             yield db
         finally:
             db.close()
-            owner.remove(path)
+            holder.release()
         return
     with _to_look_at(meta) as db:
         yield db
@@ -231,7 +231,6 @@ class _Check:
         self._lost_and_found = 0
         self._to_remove: list[int] = []
         self._known_bad: set[tuple[int, int]] = set()  # extents reported before their data is read
-        self._heartbeat = time.monotonic()
         self._backing: BackingFiles
 
     def run(self, *, data: bool) -> None:
@@ -776,7 +775,6 @@ class _Check:
             self._problem("backing-missing", text, inode, mend_files=mend)
 
     def _backing_file(self, fd: int, inode: int, size: int, times: tuple[int, int]) -> None:
-        self._live()
         st = os.fstat(fd)
         name = f"extents/{self._backing.name(inode)}"
         if not stat.S_ISREG(st.st_mode):
@@ -953,14 +951,6 @@ class _Check:
                 self._problem("unreadable", text, inode, offset=offset)
             self._report.checked += max(0, length)
             self._progress(self._report.checked, total)
-            self._live()
-
-    def _live(self) -> None:
-        """While it takes long: show other hosts that the store is held."""
-        now = time.monotonic()
-        if self._repair and now - self._heartbeat > owner.HEARTBEAT:
-            owner.refresh(self._path)
-            self._heartbeat = now
 
 
 def _plain(sql: str) -> str:

@@ -19,3 +19,7 @@ class BusyError(StoreError):
 
 class ReadOnlyError(StoreError):
     """The store failed to write and takes no more changes until it is opened again."""
+
+
+class DiskFullError(StoreError):
+    """There is no room to commit. Nothing is lost: it can be tried again when there is room."""

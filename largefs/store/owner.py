@@ -7,11 +7,15 @@ silent for longer than that: the rule of ext4's multiple mount protection (fs/ex
 """
 
 import json
+import logging
 import os
 import socket
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 HEARTBEAT = 5.0
 """Seconds between two refreshes of the owner file's mtime."""
@@ -85,14 +89,33 @@ def write(store: Path, owner: Owner) -> None:
     temporary.replace(store / "owner")
 
 
-def refresh(store: Path) -> None:
-    """Show that the owner lives."""
-    os.utime(store / "owner")
-
-
 def remove(store: Path) -> None:
     """Forget the owner."""
     (store / "owner").unlink(missing_ok=True)
+
+
+class Holder:
+    """The record that this process holds a store, kept fresh by a thread until `release`."""
+
+    def __init__(self, store: Path, purpose: str) -> None:
+        self._store = store
+        self._released = threading.Event()
+        write(store, current(purpose))
+        self._thread = threading.Thread(target=self._beat, name="largefs-owner", daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        while not self._released.wait(HEARTBEAT):
+            try:
+                os.utime(self._store / "owner")
+            except OSError as e:
+                log.error("%s: the owner file cannot be refreshed: %s", self._store, e)
+
+    def release(self) -> None:
+        """Forget the record; raises OSError."""
+        self._released.set()
+        self._thread.join()
+        remove(self._store)
 
 
 def _read(path: str) -> str:

@@ -25,6 +25,7 @@ SCHEMA = """
 --     (denormalised: `largefs check` counts again). 0 only for an inode that was removed while open.
 --   A regular file has a backing file extents/XX/ID; its st_size is this row's size, and its st_mtime
 --     is this row's mtime_ns, whenever writing = 0. While writing = 1 the backing file is the truth.
+--     (A crash between utimensat() and its commit leaves two mtimes: recovery makes them this row's.)
 --   A number is never used again (AUTOINCREMENT), so a stale file handle never meets another file.
 CREATE TABLE inodes (
     id       INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -33,7 +34,8 @@ CREATE TABLE inodes (
     gid      INTEGER NOT NULL,
     nlink    INTEGER NOT NULL,
     size     INTEGER NOT NULL,   -- st_size: bytes; of a symlink, the target's length; of a directory, 0
-    blocks   INTEGER NOT NULL,   -- st_blocks of the backing file: units of 512 bytes; 0 without one
+    blocks   INTEGER NOT NULL,   -- st_blocks of the backing file (units of 512 bytes) when it was last
+                                 -- settled: a copy of the store may differ; 0 without one
     rdev     INTEGER NOT NULL,   -- st_rdev of a device node, else 0
     atime_ns INTEGER NOT NULL,   -- set by utimensat() and at creation; reading does not move it
     mtime_ns INTEGER NOT NULL,

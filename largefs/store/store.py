@@ -30,6 +30,7 @@ from largefs.store import backing, owner, schema
 from largefs.store.backing import EXTENT_SIZE, BackingFiles
 from largefs.store.errors import (
     BusyError,
+    DiskFullError,
     NewerFormatError,
     NotAStoreError,
     ReadOnlyError,
@@ -41,6 +42,13 @@ NAME_MAX = 255
 
 SYMLINK_MAX = 4095
 """Bytes of a symlink's target: PATH_MAX without the NUL."""
+
+CACHE = 8 << 20
+"""Bytes of meta.db that SQLite keeps in memory."""
+
+LOG_RESERVE = 16 << 20
+"""Bytes of disk that an open store holds for SQLite's log, so that a full disk can be cleared up: to
+remove a file is a change, too. Room for a checkpointed log (4 MiB) and for all of the cache."""
 
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # linux/fs.h
 
@@ -122,6 +130,9 @@ class Store:
         self._marked: set[int] = set()  # writing = 1 since the last commit, clean on disk
         self._dropped: list[int] = []  # to be removed after the next commit
         self._failed = False
+        self._holder: owner.Holder | None = None
+        self._full = False  # the last commit found no room
+        self._log = -1  # SQLite's write-ahead log
         self._last = 0  # the highest inode number given by `reserve`
 
     def _one(self, query: str, *parameters: Any) -> Any:
@@ -173,6 +184,7 @@ class Store:
         try:
             self.db = connect(meta)
             self.backing = BackingFiles(path / "extents")
+            self._log = os.open(path / "meta.db-wal", os.O_RDWR | os.O_CLOEXEC)
         except apsw.BusyError:
             holder = owner.read(path)
             raise BusyError(
@@ -187,6 +199,9 @@ class Store:
         except BaseException as e:
             self.db.close()
             self.backing.close()
+            os.close(self._log)
+            if self._holder:
+                self._holder.release()
             if isinstance(e, (OSError, apsw.Error)):
                 raise StoreError(f"{path}: cannot open: {_reason(e)}") from e
             raise
@@ -197,7 +212,9 @@ class Store:
         if superblock is None:
             raise StoreError(f"{self.path}: damaged; run: largefs check --repair {self.path}")
         self.uuid, clean = superblock
-        owner.write(self.path, owner.current(purpose))
+        self._holder = owner.Holder(self.path, purpose)
+        with contextlib.suppress(OSError):  # a disk that is full already: what there is must do
+            self._allocate_log(LOG_RESERVE)
         with self.change():
             self._recover()
             if not clean:
@@ -270,7 +287,9 @@ class Store:
         finally:
             self.db.close()
             self.backing.close()
-            owner.remove(self.path)
+            os.close(self._log)
+            if self._holder:
+                self._holder.release()
 
     def __enter__(self) -> "Store":
         return self
@@ -302,6 +321,40 @@ class Store:
         if not self.db.in_transaction:
             self._failed = True
 
+    def _check_room(self) -> None:
+        """Refuse to let the changes that wait for room become more; those that free it go on."""
+        if self._full:
+            try:
+                self._make_room()
+            except DiskFullError:
+                raise fail(errno.ENOSPC) from None
+
+    def _allocate_log(self, length: int) -> None:
+        """Allocate disk space for SQLite's log up to a length in bytes; raises OSError (ENOSPC)."""
+        try:
+            backing.fallocate(self._log, backing.FALLOC_FL_KEEP_SIZE, 0, length)
+        except OSError as e:
+            if e.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+
+    def _make_room(self) -> None:
+        """See that COMMIT cannot run out of disk space: SQLite would take the transaction back.
+
+        It appends the changed pages to its log, each with a header of 24 bytes; none is written
+        earlier (cache_spill is off), so that they are all among what the cache holds.
+        """
+        cached, _ = self.db.status(apsw.SQLITE_DBSTATUS_CACHE_USED)
+        try:
+            self._allocate_log(os.fstat(self._log).st_size + cached + cached // 64 + 4096)
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self._full = True
+            raise DiskFullError(
+                f"{self.path}: the disk is full: cannot commit; make room"
+            ) from None
+        self._full = False
+
     @property
     def uncommitted(self) -> bool:
         """Whether there is anything for `commit` to do."""
@@ -315,7 +368,7 @@ class Store:
         """Last step of a commit, after the extents of `flushed` were made durable.
 
         Returns the inodes whose backing files are to be removed now. Raises ReadOnlyError or, where
-        trying again later can help, StoreError.
+        trying again later can help, DiskFullError or StoreError.
         """
         if self._failed:
             raise ReadOnlyError(f"{self.path}: an earlier write failed; unmount and check the disk")
@@ -325,6 +378,7 @@ class Store:
                 with self.change():
                     self.db.executemany("UPDATE inodes SET writing = 0 WHERE id = ?", done)
             if self.db.in_transaction:
+                self._make_room()
                 self.db.execute("COMMIT")
         except (apsw.Error, OSError) as e:
             if not self.db.in_transaction:
@@ -423,6 +477,7 @@ class Store:
         A directory with the set-group-ID bit gives its group to what is made in it, and the bit to
         directories (inode(7)). A regular file gets its empty backing file and is open for writing.
         """
+        self._check_room()
         _check_name(name)
         if stat.S_ISLNK(mode) and not 0 < len(target) <= SYMLINK_MAX:
             raise fail(errno.ENAMETOOLONG if target else errno.ENOENT)
@@ -492,6 +547,7 @@ class Store:
         For the import: the parent's times do not move, and a name that is there already (of anything
         but a directory) is replaced in the same change. nlink is taken from `row` as it is.
         """
+        self._check_room()
         _check_name(name)
         with self.change():
             if old := self.find(parent, name):
@@ -518,6 +574,7 @@ class Store:
 
         An inode without a name may get one (O_TMPFILE; the kernel refuses unlinked files itself).
         """
+        self._check_room()
         _check_name(name)
         now = time.time_ns()
         with self.change():
@@ -708,6 +765,7 @@ class Store:
 
     def set_xattr(self, inode: int, name: bytes, value: bytes) -> None:
         """Set an extended attribute; moves ctime."""
+        self._check_room()
         with self.change():
             self.db.execute("INSERT OR REPLACE INTO xattrs VALUES (?, ?, ?)", (inode, name, value))
             self.set_attributes(inode, ctime_ns=time.time_ns())
@@ -862,8 +920,10 @@ def connect(meta: Path) -> apsw.Connection:
         db.pragma("locking_mode", "exclusive")
         db.pragma("journal_mode", "wal")
         db.pragma("synchronous", "full")
-        db.pragma("cache_size", -16 * 1024)
-        db.pragma("wal_autocheckpoint", 4000)
+        db.pragma("cache_size", -CACHE // 1024)
+        db.pragma("cache_spill", False)  # before COMMIT nothing is written: see _make_room
+        db.pragma("temp_store", 2)  # in memory
+        db.pragma("wal_autocheckpoint", 1000)
         db.execute("BEGIN IMMEDIATE; ROLLBACK")
     except BaseException:
         db.close()

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from largefs.stress import program, syscalls
+from largefs.stress.checks import mode_name
 from largefs.stress.model import Handle, Mapping, Model
-from largefs.stress.session import CannotRunError, Limits, Operation, Tally, mode_name
+from largefs.stress.session import CannotRunError, Limits, Operation, Tally
 from largefs.stress.syscalls import PAGE, PMD
 
 POOL = 12 << 20  # bytes of random data that all writes are taken from
@@ -70,12 +71,13 @@ _WEIGHTS = {
 }  # fmt: skip
 
 
+_FLAGS = {"append": os.O_APPEND, "o-trunc": os.O_TRUNC}
 MODE_NAMES = tuple(sorted({mode_name(mode) for mode in FALLOCATE_MODES}))
 
 
 def choices() -> tuple[str, ...]:
-    """The names that ``--skip`` takes: operations, and single modes of fallocate."""
-    return (*sorted(_WEIGHTS), *MODE_NAMES, "append", "race")
+    """The names that ``--skip`` takes: operations, modes of fallocate, flags of open."""
+    return (*sorted(_WEIGHTS), *MODE_NAMES, *_FLAGS, "race")
 
 
 def source_of(number: int, length: int) -> int:
@@ -321,8 +323,9 @@ class Generator:
                     os.O_RDWR | os.O_CREAT | os.O_APPEND,
                 )
             )
-            if "append" in self._skip:
-                flags &= ~os.O_APPEND
+            for name, flag in _FLAGS.items():
+                if name in self._skip:
+                    flags &= ~flag
         mine = sum(h.worker == index for h in self._model.handles.values())
         if mine < 3 * len(self._names) + 2:
             path = name or self._random.choice(self._names)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from largefs.stress.session import KINDS, CannotRunError, Operation
+from largefs.stress.checks import KINDS
+from largefs.stress.session import CannotRunError, Operation
 
 _FORMAT = 1
 

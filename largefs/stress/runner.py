@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import largefs
-from largefs.stress import race
+from largefs.stress import checks, race
 from largefs.stress.generator import MODE_NAMES, POOL, Generator
 from largefs.stress.replay import Replay, load, save
 from largefs.stress.report import Difference
@@ -140,8 +140,8 @@ def _pool(seed: int) -> Arena:
     return Arena(POOL, random.Random(f"pool {seed}").randbytes(POOL))  # noqa: S311
 
 
-def run(plan: Plan, progress: Callable[[int, float], None]) -> Result:
-    """Torture the directory. ``progress`` is told operations and seconds. Raises CannotRunError."""
+def run(plan: Plan, progress: Callable[[str], None]) -> Result:
+    """Torture the directory; ``progress`` is told how it goes. Raises CannotRunError."""
     where = environment(plan.directory)
     result = Result(plan.seed, where, Tally())
     limits, pool = _limits(plan, where), _pool(plan.seed)
@@ -175,7 +175,7 @@ def _one_session(
     root: str,
     number: int,
     over: Callable[[], bool],
-    progress: Callable[[int, float], None],
+    progress: Callable[[str], None],
 ) -> None:
     done: list[Operation] = []
     began = time.monotonic()
@@ -186,14 +186,14 @@ def _one_session(
 
         def perform(op: Operation) -> None:
             done.append(op)
-            session.perform(op)
+            checks.perform(session, op)
 
         try:
             for count, op in enumerate(generator, 1):
                 perform(op)
                 result.operations += 1
                 if count % 64 == 0:
-                    progress(result.operations, result.seconds)
+                    progress(_so_far(plan, result))
                 last = count == _SESSION or over()
                 if count % _ROUND == 0 or last:
                     for check in generator.whole():
@@ -204,20 +204,33 @@ def _one_session(
             result.difference = difference
     result.busy_seconds += time.monotonic() - began
     if result.difference:
-        _shrink_and_save(plan, result, limits, pool, root, done)
+        _shrink_and_save(plan, result, limits, pool, root, done, progress)
+
+
+def _so_far(plan: Plan, result: Result) -> str:
+    if plan.operations is not None:
+        return f"{result.operations:,} of {plan.operations:,} operations"
+    return f"{result.operations:,} operations in {result.seconds:.0f} of {plan.seconds:.0f} s"
 
 
 def _shrink_and_save(
-    plan: Plan, result: Result, limits: Limits, pool: Arena, root: str, done: list[Operation]
+    plan: Plan,
+    result: Result,
+    limits: Limits,
+    pool: Arena,
+    root: str,
+    done: list[Operation],
+    progress: Callable[[str], None],
 ) -> None:
     assert result.difference is not None
-    tries = 0
+    kind, tries = result.difference.kind, 0
 
     def reproduce(operations: list[Operation]) -> Difference | None:
         nonlocal tries
         tries += 1
+        progress(f"difference ({kind}): shortening its replay, {len(operations)} operations")
         with contextlib.suppress(CannotRunError):
-            return _play(f"{root}/shrink{tries}", pool, limits, operations)
+            return _play(f"{root}/shrink{tries}", pool, limits, operations, Tally())
         return None
 
     if result.difference.kind == "hang":  # each try would hang too, and may leave a process behind
@@ -252,11 +265,13 @@ def _save(plan: Plan, result: Result, limits: Limits, replay: Replay) -> None:
         result.replay = None
 
 
-def _play(root: str, pool: Arena, limits: Limits, operations: list[Operation]) -> Difference | None:
-    with Session(root, pool, limits, Tally()) as session:
+def _play(
+    root: str, pool: Arena, limits: Limits, operations: list[Operation], tally: Tally
+) -> Difference | None:
+    with Session(root, pool, limits, tally) as session:
         try:
             for op in operations:
-                session.perform(op)
+                checks.perform(session, op)
         except Difference as difference:
             return difference
     return None
@@ -295,7 +310,9 @@ def replay(plan: Plan, path: Path) -> Result:
                     break
         else:
             pool = _pool(result.seed)
-            result.difference = _play(f"{root}/replay", pool, limits, recorded.operations)
+            result.difference = _play(
+                f"{root}/replay", pool, limits, recorded.operations, result.tally
+            )
             result.operations = len(recorded.operations)
             pool.close()
     result.seconds = result.busy_seconds = time.monotonic() - start

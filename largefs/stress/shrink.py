@@ -7,6 +7,7 @@ lengths are halved in the same way.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,19 +40,29 @@ def shrink(
             break
     else:
         return operations, None
-    size = max(1, len(best) // 2)
+    # the user has what there is by then when they cannot wait any longer
+    with contextlib.suppress(KeyboardInterrupt):
+        _leave_out(lambda: best, fails, deadline)
+        _shorten(lambda: best, fails, deadline)
+    return best, shown
+
+
+def _leave_out(
+    current: Callable[[], list[Operation]],
+    fails: Callable[[list[Operation]], bool],
+    deadline: float,
+) -> None:
+    """Remove what does not matter: halves first, then ever smaller parts."""
+    size = max(1, len(current()) // 2)
     while time.monotonic() < deadline:
-        before = len(best)
-        end = len(best)
+        before = end = len(current())
         while end > 0 and time.monotonic() < deadline:
             start = max(0, end - size)
-            fails(best[:start] + best[end:])
-            end = min(start, len(best))
-        if size == 1 and len(best) == before:
+            fails(current()[:start] + current()[end:])
+            end = min(start, len(current()))
+        if size == 1 and len(current()) == before:
             break
-        size = max(1, min(size // 2, len(best) // 2))
-    _shorten(lambda: best, fails, deadline)
-    return best, shown
+        size = max(1, min(size // 2, len(current()) // 2))
 
 
 def _shorten(

@@ -1,5 +1,7 @@
 """The parts of the tool, each against something simpler than itself."""
 
+import ctypes
+import mmap
 import os
 import random
 import signal
@@ -9,12 +11,13 @@ import time
 import pytest
 
 from largefs.stress import program, race, syscalls
+from largefs.stress.checks import perform
 from largefs.stress.generator import POOL, Generator
 from largefs.stress.model import Inode
 from largefs.stress.report import Difference, Write, explain
 from largefs.stress.session import Limits, Operation, Session, Tally
 from largefs.stress.shrink import shrink
-from largefs.stress.syscalls import PAGE, Arena
+from largefs.stress.syscalls import Arena
 
 SIZE = 1 << 16
 
@@ -121,7 +124,7 @@ def test_same_seed_same_operations(tmp_path):
         limits, tally, done = Limits(max_size=3 << 20), Tally(), []
         with Session(f"{tmp_path}/{turn}", pool, limits, tally) as session:
             for op in Generator("seed", session.model, limits, tally, set()):
-                session.perform(op)
+                perform(session, op)
                 done.append(op.as_dict())
                 if len(done) == 300:
                     break
@@ -144,28 +147,120 @@ def test_shrink_finds_the_two_that_matter():
     assert shrink(operations, Difference("size", ""), reproduce, 1) == (operations, None)
 
 
-def test_worker_that_meets_sigbus_is_a_difference(tmp_path):
-    pool = Arena(POOL)
+@pytest.fixture
+def session(tmp_path):
+    """A session: one file of 8192 bytes, open and mapped by worker 0, two pages beyond its end."""
+    pool = Arena(POOL, random.Random(6).randbytes(POOL))
     with Session(f"{tmp_path}/s", pool, Limits(), Tally()) as session:
         flags = os.O_RDWR | os.O_CREAT
-        session.perform(Operation(1, "open", 0, {"h": 1, "path": "a", "flags": flags}))
-        arguments = {"h": 1, "off": 0, "len": 8192, "via": "pwrite", "from": 0}
-        session.perform(Operation(2, "write", 0, arguments))
-        arguments = {
-            "m": 3,
-            "h": 1,
-            "off": 0,
-            "len": 8192,
-            "prot": "r",
-            "shared": True,
-            "huge": False,
-        }
-        session.perform(Operation(3, "map", 0, arguments))
-        os.truncate(f"{tmp_path}/s/a", 100)  # behind the model's back
+        do(session, "open", h=1, path="a", flags=flags)
+        do(session, "write", h=1, off=0, len=8192, via="pwrite", **{"from": 0})
+        do(session, "map", m=3, h=1, off=0, len=16384, prot="r", shared=True, huge=False)
+        yield session
+
+
+def do(session, kind, **arguments):
+    """One operation, that must not be skipped."""
+    assert perform(session, Operation(9, kind, 0, arguments))
+
+
+# What is done to the file behind the model's back, and the class of the difference.
+READ = {"h": 1, "off": 0, "len": 8192, "via": "pread"}
+MREAD = {"m": 3, "off": 0, "len": 8192, "via": "load"}
+
+
+@pytest.mark.parametrize(
+    ("behind", "kind", "arguments", "expected"),
+    [
+        (lambda f: f.truncate(100), "mread", MREAD, "sigbus"),
+        (lambda f: f.truncate(100), "mread", MREAD | {"via": "copy"}, "sigbus"),
+        (lambda f: f.truncate(100), "mread", MREAD | {"via": "vm"}, "sigbus"),
+        (lambda f: f.truncate(100), "fork", MREAD | {"write": False, "from": 0}, "sigbus"),
+        (lambda f: f.truncate(100), "read", READ, "short"),
+        (lambda f: f.truncate(100), "fsync", {"h": 1, "data": False}, "size"),
+        (lambda f: f.truncate(9000), "read", READ | {"len": 9000}, "short"),
+        (lambda f: f.truncate(9000), "probe", {"m": 3, "at": [0, 8191, 8192]}, "no-sigbus"),
+        (lambda f: f.truncate(100), "probe", {"m": 3, "at": [0, 8191, 8192]}, "sigbus"),
+        (lambda f: f.pwrite(b"x" * 20, 50), "read", READ, "garbage"),
+        (lambda f: f.pwrite(bytes(20), 50), "mread", MREAD, "lost-write"),
+        (lambda f: f.pwrite(f.pread(50, 1000), 50), "read", READ, "misplaced"),
+        (lambda f: f.unlink(), "rename", {"path": "a", "path2": "b"}, "errno"),
+    ],
+)
+def test_what_happens_behind_the_model(session, behind, kind, arguments, expected):
+    behind(_File(f"{session.root}/a"))
+    with pytest.raises(Difference) as found:
+        do(session, kind, **arguments)
+    assert found.value.kind == expected, found.value
+
+
+class _File:
+    """A file by its path, for the lambdas above."""
+
+    def __init__(self, path):
+        self.path = path
+        self.fd = os.open(path, os.O_RDWR)
+
+    def truncate(self, size):
+        os.ftruncate(self.fd, size)
+
+    def pread(self, length, offset):
+        return os.pread(self.fd, length, offset)
+
+    def pwrite(self, data, offset):
+        os.pwrite(self.fd, data, offset)
+
+    def unlink(self):
+        os.unlink(self.path)
+
+
+def test_bytes_behind_the_end(session):
+    do(session, "truncate", h=1, size=5000)
+    do(session, "mread", m=3, off=4096, len=4096, via="load")
+    with open(f"{session.root}/a", "r+b") as file, mmap.mmap(file.fileno(), 5000) as memory:
+        address = ctypes.addressof(view := ctypes.c_char.from_buffer(memory))
+        ctypes.memset(address + 5000, 0x41, 10)
+        del view
         with pytest.raises(Difference) as found:
-            read = {"m": 3, "off": PAGE, "len": 10, "via": "load"}
-            session.perform(Operation(4, "mread", 0, read))
-        assert found.value.kind == "sigbus"
+            do(session, "mread", m=3, off=4096, len=4096, via="load")
+    assert (found.value.kind, found.value.offset) == ("tail", 5000)
+
+
+def test_stored_behind_the_end_and_extended(session):
+    do(session, "map", m=4, h=1, off=0, len=8192, prot="rw", shared=True, huge=False)
+    do(session, "truncate", h=1, size=5000)
+    place = {"off": 5000, "len": 100, "from": 77}
+    do(session, "tail", m=4, h=1, size=5001, **place)
+    os.truncate(f"{session.root}/a", 5200)  # as if the kernel had kept what was stored
+    with open(f"{session.root}/a", "r+b") as file:
+        file.seek(5000)
+        file.write(session.pool.memory[77:177])
+    do_truncate = {"h": 1, "size": 5200}
+    do(session, "truncate", **do_truncate)
+    with pytest.raises(Difference) as found:
+        do(session, "read", h=1, off=4900, len=300, via="pread")
+    assert (found.value.kind, found.value.offset) == ("stale", 5000)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "wrong"),
+    [
+        ([(0, 8192)], False),
+        ([(0, 4096), (4096, 8192)], False),
+        ([(4096, 8192)], True),
+        ([], True),
+        ([(0, 4096), (2048, 8192)], True),
+        ([(0, 9000)], True),
+    ],
+)
+def test_data_in_a_hole(session, monkeypatch, ranges, wrong):
+    monkeypatch.setattr(session, "call", lambda op: (ranges, 8192))
+    if not wrong:
+        do(session, "seek", h=1)
+        return
+    with pytest.raises(Difference) as found:
+        do(session, "seek", h=1)
+    assert found.value.kind == "hole"
 
 
 @pytest.mark.parametrize(
