@@ -24,12 +24,15 @@ SANDBOX = """
 set -eu
 for d in etc usr var opt mnt srv; do
     mkdir -p "$SCRATCH/$d/upper" "$SCRATCH/$d/work"
-    mount -t overlay none -o "lowerdir=/$d,upperdir=$SCRATCH/$d/upper,workdir=$SCRATCH/$d/work" "/$d"
+    below=/$d
+    [ $d != opt ] || below=$ROOT/opt:/opt # largefs is there as after mount-helpers/install
+    mount -t overlay none -o "lowerdir=$below,upperdir=$SCRATCH/$d/upper,workdir=$SCRATCH/$d/work" "/$d"
 done
-# The stores need a real filesystem beneath them, and largefs is there as after mount-helpers/install.
-mkdir -p /var/lib/largefs "$SCRATCH/stores" /opt/largefs
+# Stores need a real filesystem beneath them: of a store on overlayfs, /proc/PID/maps shows the overlay's
+# file, not the mount's.
+mkdir -p /var/lib/largefs "$SCRATCH/stores" "$SCRATCH/tmp"
 mount --bind "$SCRATCH/stores" /var/lib/largefs
-mount --bind "$ROOT/opt/largefs" /opt/largefs
+mount --bind "$SCRATCH/tmp" /var/tmp
 mkdir -p "$SCRATCH/home"
 export HOME="$SCRATCH/home"
 cd "$CHECKOUT"
