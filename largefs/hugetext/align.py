@@ -109,10 +109,10 @@ def plan(view: View, mode: Mode, signed: str = "") -> Plan:
         layout, reason = _layout(view, elf, mode, signed)
     except _Leave as leave:
         return Plan(same, same, text, before, ranges, str(leave))
-    ranges = tuple(text_ranges(read(reshape(view, layout)), layout.size))
-    if sum(r.length for r in ranges) < before:
+    aligned = tuple(text_ranges(read(reshape(view, layout)), layout.size))
+    if sum(r.length for r in aligned) < before:
         return Plan(same, same, text, before, ranges, "odd offsets, but eligible as they are")
-    return Plan(layout, invert(view, layout), text, before, ranges, reason)
+    return Plan(layout, invert(view, layout), text, before, aligned, reason)
 
 
 def _layout(view: View, elf: Elf, mode: Mode, signed: str) -> tuple[Layout, str]:
