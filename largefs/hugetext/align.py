@@ -8,7 +8,9 @@ Two changes do it, and no address, symbol, relocation or build id is touched by 
   file offset that the headers hold.
 
 `plan` decides. Where it doubts that the result would be the same program, it leaves the file as it
-is and says why. docs/alignment.md tells the same to users, at more length.
+is and says why. An importer writes `chunks(view, plan.layout)`, as long as `plan.layout.size`, and
+keeps `plan.record()`; an exporter writes `chunks(view, restore(record))` and has the original.
+docs/alignment.md tells users what is done, and when not.
 """
 
 from __future__ import annotations
