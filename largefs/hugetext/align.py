@@ -8,7 +8,9 @@ Two changes do it, and no address, symbol, relocation or build id is touched by 
   file offset that the headers hold.
 
 `plan` decides. Where it doubts that the result would be the same program, it leaves the file as it
-is and says why. docs/alignment.md tells the same to users, at more length.
+is and says why. An importer writes `chunks(view, plan.layout)`, as long as `plan.layout.size`, and
+keeps `plan.record()`; an exporter writes `chunks(view, restore(record))` and has the original.
+docs/alignment.md tells users what is done, and when not.
 """
 
 from __future__ import annotations
@@ -109,10 +111,10 @@ def plan(view: View, mode: Mode, signed: str = "") -> Plan:
         layout, reason = _layout(view, elf, mode, signed)
     except _Leave as leave:
         return Plan(same, same, text, before, ranges, str(leave))
-    ranges = tuple(text_ranges(read(reshape(view, layout)), layout.size))
-    if sum(r.length for r in ranges) < before:
+    aligned = tuple(text_ranges(read(reshape(view, layout)), layout.size))
+    if sum(r.length for r in aligned) < before:
         return Plan(same, same, text, before, ranges, "odd offsets, but eligible as they are")
-    return Plan(layout, invert(view, layout), text, before, ranges, reason)
+    return Plan(layout, invert(view, layout), text, before, aligned, reason)
 
 
 def _layout(view: View, elf: Elf, mode: Mode, signed: str) -> tuple[Layout, str]:

@@ -45,25 +45,20 @@ class Span(NamedTuple):
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """First and last address of its whole 2 MiB-aligned blocks, if the bias is a multiple of 2
-        MiB.
-        """
+        """Start and end of its whole 2 MiB-aligned blocks, for a bias of 0 modulo 2 MiB."""
         low, high = self.start + -self.start % PMD, self.end - self.end % PMD
         return low, max(low, high)
 
 
 def span(segment: Segment) -> Span:
-    """What the kernel and ld.so map of a segment's file contents: every page that holds a byte of
-    it.
-    """
+    """What the kernel and ld.so map of a segment: every page that holds a byte of its contents."""
     start = segment.p_vaddr - segment.p_vaddr % PAGE
     end = segment.p_vaddr + segment.p_filesz
     return Span(start, end + -end % PAGE, segment.p_offset - segment.p_vaddr % PAGE)
 
 
 def is_readonly(segment: Segment) -> bool:
-    """Mapped from the file and not writable: a writable segment's pages are copied on the first
-    write.
+    """Mapped from the file and never written: a writable segment's pages become private copies.
 
     A segment whose offset and address differ within a page cannot be mapped at all.
     """

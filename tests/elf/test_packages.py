@@ -23,7 +23,9 @@ from elftools.elf.elffile import ELFFile
 from largefs.hugetext.align import Mode, plan, restore
 from largefs.hugetext.eligible import describe
 from tests.elf.files import opened, write_sparse
-from tests.elf.packages import PACKAGES, Unreachable, elf_files, unpacked
+from tests.elf.packages import PACKAGES, Unreachable, elf_files, find, unpacked
+
+pytestmark = pytest.mark.timeout(1200)  # the first run downloads
 
 PMD = 2 << 20
 
@@ -42,7 +44,7 @@ def scratch(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("names", PACKAGES)
 def test_package(names: str, scratch: Path) -> None:
     try:
-        tree = unpacked(names)
+        tree = unpacked(find(names))
     except Unreachable as reason:
         pytest.skip(str(reason))
     files = list(elf_files(tree))
