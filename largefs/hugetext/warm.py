@@ -24,11 +24,13 @@ from dataclasses import dataclass
 from largefs.hugetext import mappings
 from largefs.hugetext.mappings import PAGE, PMD
 
+RETRIES = 2  # for blocks that came in small folios, after memory was compacted
 CHUNK = 32 << 20  # what is mapped and populated between two looks at `cancelled`
 
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
-_MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_POPULATE_READ = 4, 14, 22
+_MADV_DONTNEED, _MADV_HUGEPAGE = 4, 14
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
 MADV_COLLAPSE = 25
 _SYNC_FILE_RANGE = 0x1 | 0x2 | 0x4  # wait before, write, wait after
 
@@ -123,6 +125,17 @@ def _warm_chunk(fd: int, offset: int, length: int) -> Warmed:
                 madvise(start, length, _MADV_HUGEPAGE)
             madvise(start, length, _MADV_POPULATE_READ)
             in_pmd = _pmd_blocks(pagemap, start, length)
+            for _ in range(RETRIES):
+                missing = [a for a in range(start, start + length, PMD) if a not in in_pmd]
+                if not missing:
+                    break
+                _make_room(len(missing))
+                for address in missing:
+                    _drop(fd, offset + address - start, address)
+                    madvise(address, PMD, _MADV_POPULATE_READ)
+                before, in_pmd = in_pmd, _pmd_blocks(pagemap, start, length)
+                if in_pmd == before:
+                    break
             for address in range(start, start + length, PMD):
                 # What could not be dropped may still be collapsed: on tmpfs, always; on other
                 # filesystems by Linux 7.2, or an earlier one with CONFIG_READ_ONLY_THP_FOR_FS.
@@ -133,6 +146,25 @@ def _warm_chunk(fd: int, offset: int, length: int) -> Warmed:
         finally:
             os.close(pagemap)
     return Warmed(length, len(in_pmd) * PMD, kept)
+
+
+def _make_room(blocks: int) -> None:
+    """Have the kernel free so many pieces of 2 MiB, by compacting memory.
+
+    Readahead takes a 2 MiB folio only if one is free, and else reads small pages
+    (readahead_gfp_mask(), __GFP_NORETRY). A fault on anonymous memory with MADV_HUGEPAGE compacts
+    (transhuge's `defrag` setting of madvise, the default); what it got is free again at once.
+    """
+    anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    length = (blocks + 1) * PMD
+    with suppress(OSError):
+        area = _map(None, length, mmap.PROT_READ | mmap.PROT_WRITE, anonymous, -1, 0)
+        try:
+            start = -(-area // PMD) * PMD
+            madvise(start, blocks * PMD, _MADV_HUGEPAGE)
+            madvise(start, blocks * PMD, _MADV_POPULATE_WRITE)
+        finally:
+            _libc.munmap(area, length)
 
 
 def _keep_pmd_folios(fd: int, offset: int, start: int, length: int, pagemap: int) -> int:
@@ -151,13 +183,19 @@ def _keep_pmd_folios(fd: int, offset: int, start: int, length: int, pagemap: int
     kept = _pmd_blocks(pagemap, start, length) if cached else set()
     for address in cached:
         if address not in kept:
-            at = offset + address - start
-            # Mapped or dirty pages are not dropped: unmap ours, write back. An error of writing
-            # back is fsync's to tell.
-            madvise(address, PMD, _MADV_DONTNEED)
-            _libc.sync_file_range(fd, at, PMD, _SYNC_FILE_RANGE)
-            os.posix_fadvise(fd, at, PMD, os.POSIX_FADV_DONTNEED)
+            _drop(fd, offset + address - start, address)
     return len(kept) * PMD
+
+
+def _drop(fd: int, offset: int, address: int) -> None:
+    """Drop a block from the page cache; `address` is where we have mapped it.
+
+    Mapped or dirty pages are not dropped: unmap ours, write back. An error of writing back is
+    fsync's to tell.
+    """
+    madvise(address, PMD, _MADV_DONTNEED)
+    _libc.sync_file_range(fd, offset, PMD, _SYNC_FILE_RANGE)
+    os.posix_fadvise(fd, offset, PMD, os.POSIX_FADV_DONTNEED)
 
 
 def _pmd_blocks(pagemap: int, start: int, length: int) -> set[int]:
