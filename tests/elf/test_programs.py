@@ -179,7 +179,7 @@ def test_real_work(job: Job, roots: Roots, work: Path) -> None:
 VERSIONS = r"""
 while read -r program; do
     echo "== $program"
-    timeout 20 "$program" --version </dev/null >out 2>&1 && echo "== done" || echo "== failed $?"
+    timeout 8 "$program" --version </dev/null >out 2>&1 && echo "== done" || echo "== failed $?"
     head -c 4000 out
 done <programs
 """
