@@ -9,6 +9,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
+from largefs.hugetext import text
+from largefs.hugetext.eligible import Range
 from largefs.hugetext.mappings import PMD
 from largefs.hugetext.warm import Warmed, warm_file
 
@@ -22,7 +24,8 @@ def command(paths: tuple[str, ...]) -> None:
     MiB pages.
 
     PATH is a file, or a directory of which all regular files are read, without crossing into other
-    filesystems. Files shorter than 2 MiB have nothing to warm. The filesystem must have large
+    filesystems. Of a program or library its eligible text is read, of other files everything. Files
+    shorter than 2 MiB have nothing to warm. The filesystem must have large
     folios: see largefs doctor. A mounted largefs does this by itself.
 
     Exit status: 0 if all is in 2 MiB folios, 1 if some is not, 2 for a wrong argument.
@@ -30,14 +33,14 @@ def command(paths: tuple[str, ...]) -> None:
     files = {path: size for root in paths for path, size in _files(root) if size >= PMD}
     done, failed = Warmed(), 0
     with _progress() as progress:
-        task = progress.add_task("warming", total=sum(size // PMD * PMD for size in files.values()))
+        task = progress.add_task("warming", total=sum(files.values()))
         for path, size in files.items():
             try:
-                done += warm_file(path)
+                done += warm_file(path, _text(path))
             except OSError as e:
                 failed += 1
                 click.echo(f"largefs warm: {path}: {e.strerror}", err=True)
-            progress.advance(task, size // PMD * PMD)
+            progress.advance(task, size)
     mib = 1 << 20
     click.echo(
         f"{done.in_pmd // mib} of {done.wanted // mib} MiB in 2 MiB folios "
@@ -50,6 +53,15 @@ def command(paths: tuple[str, ...]) -> None:
             err=True,
         )
     sys.exit(1 if failed or done.in_pmd < done.wanted else 0)
+
+
+def _text(path: str) -> list[Range] | None:
+    """The eligible text of a program or library; None for any other file. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return text.of_file(fd).ranges or None
+    finally:
+        os.close(fd)
 
 
 def _files(root: str) -> Iterator[tuple[str, int]]:

@@ -46,7 +46,7 @@ class Tally:
     copied: int = 0
     """Bytes of data written to the store."""
     aligned: list[tuple[bytes, str]] = field(default_factory=list)
-    """Programs that were changed to become eligible, or not and why: (path, what)."""
+    """Programs and libraries of 2 MiB and more: (path, what was changed, or why nothing)."""
     failed: list[tuple[bytes, str]] = field(default_factory=list)
     """Names that were left out: (path, reason)."""
 
@@ -293,7 +293,7 @@ class Importer:
             return row, self._copy_plain(fd, to, row.size), None
         signed = "signed (security.ima)" if b"security.ima" in xattrs else ""
         aligned = plan(View.of_file(fd), self._align, signed)
-        if aligned.reason:
+        if aligned.text:
             self.tally.aligned.append((path, aligned.reason))
         if not aligned.changed:
             found = text.of_file(fd)
