@@ -1,0 +1,182 @@
+"""Bad input gets one clear line and an exit code, and nothing is lost."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mounts import LARGEFS, Mounts, largefs
+
+MOUNT_FAILED = 32  # mount(8)
+USAGE_OF_MOUNT = 1
+
+
+def refused(*args: object, code: int, says: str) -> None:
+    """A command ends with `code` and one line that contains `says`."""
+    done = largefs(*args, code=code)
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert not done.stdout
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    path = tmp_path / "store"
+    largefs("mkfs", path)
+    return path
+
+
+@pytest.fixture
+def mountpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "mountpoint"
+    path.mkdir()
+    return path
+
+
+def test_no_store(tmp_path: Path, mountpoint: Path) -> None:
+    for source in (tmp_path / "missing", tmp_path, Path("/etc/passwd")):
+        refused("mount", source, mountpoint, code=MOUNT_FAILED, says="no largefs store")
+        refused("import", "/etc/apt", source, code=1, says="no largefs store")
+        refused("export", source, tmp_path / "out", code=1, says="no largefs store")
+    assert not (tmp_path / "out").exists()
+
+
+def test_some_other_database(tmp_path: Path, mountpoint: Path) -> None:
+    for content in (b"", b"SQLite format 3\0" + bytes(4080), os.urandom(8192)):
+        (tmp_path / "meta.db").write_bytes(content)
+        refused("mount", tmp_path, mountpoint, code=MOUNT_FAILED, says="something else")
+        assert (tmp_path / "meta.db").read_bytes() == content
+
+
+def test_newer_format(store: Path, mountpoint: Path) -> None:
+    with open(store / "meta.db", "r+b") as f:
+        f.seek(60)
+        f.write((99).to_bytes(4, "big"))
+    before = (store / "meta.db").read_bytes()
+    refused("mount", store, mountpoint, code=MOUNT_FAILED, says="format version 99 is newer")
+    refused("import", "/etc/apt", store, code=1, says="update largefs")
+    assert (store / "meta.db").read_bytes() == before
+
+
+def test_store_in_use(mounts: Mounts, mountpoint: Path, tmp_path: Path) -> None:
+    mount = mounts.make()
+    for args, code in (
+        (("mount", mount.store, mountpoint), MOUNT_FAILED),
+        (("import", "/etc/apt", mount.store), 1),
+        (("export", mount.store, tmp_path / "out"), 1),
+        (("check", mount.store), 8),
+    ):
+        refused(*args, code=code, says=f"in use: mounted at {mount.path}")
+    (mount.path / "still").write_text("there")
+
+
+def test_mountpoint(mounts: Mounts, store: Path, tmp_path: Path) -> None:
+    mount = mounts.make()
+    (tmp_path / "file").touch()
+    for mountpoint, says in (
+        (tmp_path / "missing", "no such directory"),
+        (tmp_path / "file", "not a directory"),
+        (mount.path, "something is mounted here"),
+    ):
+        refused("mount", store, mountpoint, code=MOUNT_FAILED, says=says)
+    mount.expected.append("ends on")
+    os.kill(mount.pid, 9)
+    while Path(f"/proc/{mount.pid}/exe").exists():
+        pass
+    refused("mount", store, mount.path, code=MOUNT_FAILED, says=f"umount {mount.path}")
+
+
+def test_options(store: Path, mountpoint: Path) -> None:
+    for option, says in (
+        ("nonsense", "unknown mount option 'nonsense'"),
+        ("commit=soon", "must be 0.1 to 3600 seconds"),
+        ("hugetext=perhaps", "must be one of open, background, off"),
+    ):
+        refused("mount", store, mountpoint, "-o", option, code=USAGE_OF_MOUNT, says=says)
+    assert not mountpoint.is_mount()
+
+
+def test_no_fuse_device(store: Path, mountpoint: Path) -> None:
+    """In a mount namespace whose /dev/fuse is something else."""
+    script = f"mount -t tmpfs none /dev && {LARGEFS} mount {store} {mountpoint}"
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == MOUNT_FAILED
+    assert "/dev/fuse: missing" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_import_and_export_of_nothing(store: Path, tmp_path: Path) -> None:
+    refused("import", tmp_path / "missing", store, code=1, says="No such file or directory")
+    refused("import", "/etc/passwd", store, code=1, says="Not a directory")
+    refused("export", f"{store}:/missing", tmp_path / "out", code=1, says="holds no /missing")
+    refused("export", store, "/etc", code=1, says="not empty")
+    refused("mkfs", store, code=1, says="is a store already")
+    refused("mkfs", "/etc", code=1, says="not empty")
+
+
+def test_a_file_that_changes_while_it_is_read(store: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "good").write_text("good")
+    growing = source / "growing"
+    growing.write_bytes(bytes(128 << 20))
+    done = threading.Event()
+
+    def grow() -> None:
+        with open(growing, "ab", buffering=0) as f:
+            while not done.wait(0.001):
+                f.write(b"more")
+
+    thread = threading.Thread(target=grow)
+    thread.start()
+    try:
+        said = largefs("import", source, store, code=1).stderr
+    finally:
+        done.set()
+        thread.join()
+    assert f"{growing}: not imported: changed while it was read" in said
+    largefs("export", store, tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == ["good"]
+    assert largefs("import", source, store).returncode == 0
+    largefs("check", store, "--data")
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A directory that every user reaches and may write to."""
+    path = Path(tempfile.mkdtemp(dir="/var/tmp", prefix="largefs-test-"))
+    path.chmod(0o777)
+    yield path
+    shutil.rmtree(path)
+
+
+def test_a_file_that_may_not_be_read(public: Path) -> None:
+    """As an ordinary user; the interpreter is loaded before, for it may be out of that user's reach."""
+    source = public / "source"
+    source.mkdir()
+    for name in ("good", "secret"):
+        (source / name).write_text(name)
+    (source / "secret").chmod(0)
+    program = (
+        "import os, sys; from largefs.cli import cli, import_, mkfs, export; "
+        "import largefs.transfer.importer, largefs.transfer.exporter, errno; "
+        "os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534); "
+        f"cli.main(['mkfs', '{public}/store'], standalone_mode=False); "
+        f"cli.main(['import', '{source}', '{public}/store'], standalone_mode=False)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert f"{source}/secret: not imported: Permission denied" in done.stderr
+    assert "1 names were left out" in done.stderr
+    largefs("export", public / "store", public / "out")
+    assert os.listdir(public / "out") == ["good"]
