@@ -301,15 +301,15 @@ static void do_setattr(struct request *req)
 		reply_attr(req);
 }
 
-/* The writeback cache reads files that are open for writing, and appends by itself. */
+/*
+ * The writeback cache reads files that are open for writing. The kernel says at which offset to
+ * write, stores through a mapping too, by whichever handle it has: never append.
+ */
 static int backing_flags(int flags)
 {
-	if (writeback) {
-		if ((flags & O_ACCMODE) == O_WRONLY)
-			flags = (flags & ~O_ACCMODE) | O_RDWR;
-		flags &= ~O_APPEND;
-	}
-	return flags & ~(O_NOFOLLOW | O_DIRECT | O_EXCL);
+	if (writeback && (flags & O_ACCMODE) == O_WRONLY)
+		flags = (flags & ~O_ACCMODE) | O_RDWR;
+	return flags & ~(O_APPEND | O_NOFOLLOW | O_DIRECT | O_EXCL);
 }
 
 static void do_open(struct request *req)
