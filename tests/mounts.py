@@ -86,7 +86,7 @@ class Mount:
         """The warnings and errors in the log (and whatever follows them) that were not expected."""
         if not self.log.exists():
             return []
-        lines = self.log.read_text().splitlines()
+        lines = [s for s in self.log.read_text().splitlines() if s.strip()]
         bad = [s for s in lines if not re.match(r"largefs\[\d+\]: (INFO|DEBUG): ", s)]
         return [s for s in bad if not any(re.search(e, s) for e in self.expected)]
 
