@@ -51,6 +51,9 @@ class Tally:
     """Names that were left out: (path, reason)."""
 
 
+SHRUNK = "became shorter while it was read; run the import again"
+
+
 class ChangedError(Exception):
     """A file changed while it was read."""
 
@@ -71,6 +74,7 @@ class Importer:
         self._links: dict[tuple[int, int], int] = {}  # (st_dev, st_ino) with several names -> inode
         self._buffer = memoryview(bytearray(EXTENT_SIZE))
         self._can_clone = True
+        self._can_copy_in_kernel = True
         self._bytes_at_commit = 0
         self._time_of_commit = time.monotonic()
         self._store_device = os.fstat(store.backing.fd)
@@ -321,42 +325,47 @@ class Importer:
         """Copy data and holes as they are, or share them; returns the checksums."""
         os.ftruncate(to, size)
         if self._clone(fd, to):
-            return b.checksums(to, size)
-        sums: list[tuple[int, bytes]] = []
-        pending = -1  # the extent that is in the buffer
+            return b.checksums_by_mapping(to, size)
+        if size <= EXTENT_SIZE:
+            return self._copy_extent(fd, to, size)
         for start, end in b.data_ranges(fd, size):
-            while start < end:
-                number = start // EXTENT_SIZE
-                stop = min(end, (number + 1) * EXTENT_SIZE)
-                if number != pending:
-                    if pending >= 0:
-                        sums.append(self._sum(pending, size))
-                    self._clear_buffer(number, start, stop, size)
-                    pending = number
-                at = start - number * EXTENT_SIZE
-                view = self._buffer[at : at + stop - start]
-                if b.read_full(fd, view, start) < len(view):
-                    raise ChangedError("became shorter while it was read; run the import again")
-                b.write_full(to, view, start)
-                start = stop
-        if pending >= 0:
-            sums.append(self._sum(pending, size))
+            self._copy_stretch(fd, to, start, end)
+        b.start_writing(to)
+        return b.checksums_by_mapping(to, size)
+
+    def _copy_extent(self, fd: int, to: int, size: int) -> list[tuple[int, bytes]]:
+        """Copy a file of one extent: read, written and summed in one buffer."""
+        stretches = list(b.data_ranges(fd, size))
+        view = self._buffer[:size]
+        if stretches != [(0, size)]:
+            view[:] = bytes(size)
+        for start, end in stretches:
+            if b.read_full(fd, view[start:end], start) < end - start:
+                raise ChangedError(SHRUNK)
+            b.write_full(to, view[start:end], start)
         if size >= WRITE_BEHIND:
             b.start_writing(to)
-        return sums
+        return [(0, b.checksum(view))] if stretches else []
 
-    def _clear_buffer(self, number: int, start: int, stop: int, size: int) -> None:
-        """Zero what of the extent is not read next: it may be a hole."""
-        first, last = start - number * EXTENT_SIZE, stop - number * EXTENT_SIZE
-        if first:
-            self._buffer[:first] = bytes(first)
-        end = min(EXTENT_SIZE, size - number * EXTENT_SIZE)
-        if last < end:
-            self._buffer[last:end] = bytes(end - last)
-
-    def _sum(self, number: int, size: int) -> tuple[int, bytes]:
-        length = min(EXTENT_SIZE, size - number * EXTENT_SIZE)
-        return number, b.checksum(self._buffer[:length])
+    def _copy_stretch(self, fd: int, to: int, start: int, end: int) -> None:
+        """Copy data in the kernel where both files allow it (copy_file_range(2)), else by hand."""
+        while start < end and self._can_copy_in_kernel:
+            try:
+                done = os.copy_file_range(fd, to, end - start, start, start)
+            except OSError as e:
+                if e.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+                self._can_copy_in_kernel = False
+                break
+            if done == 0:
+                break  # shorter than it was, or a filesystem that makes its data up
+            start += done
+        while start < end:
+            view = self._buffer[: min(EXTENT_SIZE, end - start)]
+            if b.read_full(fd, view, start) < len(view):
+                raise ChangedError(SHRUNK)
+            b.write_full(to, view, start)
+            start += len(view)
 
     def _clone(self, fd: int, to: int) -> bool:
         """Share the extents with the source where the filesystem can (FICLONE: xfs, btrfs)."""
