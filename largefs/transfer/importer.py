@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from largefs.hugetext import text
 from largefs.hugetext.align import Mode, plan
-from largefs.hugetext.view import View, chunks, reshape
+from largefs.hugetext.view import View, chunks
 from largefs.store import EXTENT_SIZE, ROOT_INODE, Inode, Store, StoreError
 from largefs.store import backing as b
 from largefs.store.store import fail
@@ -305,9 +305,8 @@ class Importer:
                 self._prepare_extents(fd, to, row.size)
             sums = self._copy_plain(fd, to, row.size)
             return row._replace(huge=int(bool(found.ranges))), sums, None
-        view = reshape(View.of_file(fd), aligned.layout)
         b.prefer_extents(to)
-        for offset, data in chunks(view, aligned.layout):
+        for offset, data in chunks(View.of_file(fd), aligned.layout):
             b.write_full(to, data, offset)
         os.ftruncate(to, aligned.layout.size)
         found = text.of_file(to)

@@ -1,7 +1,7 @@
-"""Aligned programs get 2 MiB pages: on a plain ext4 or xfs, once their text has been warmed.
+"""Aligned programs get 2 MiB pages: on a plain ext4 or xfs, once their text has been warmed, and on a mount.
 
-Not the mount's test: what alignment promises is shown here without largefs, and beside it the same
-binaries unaligned, which get none though they are just as warm.
+What alignment promises is shown without largefs first, and beside it the same binaries unaligned, which
+get none though they are just as warm. Then the same programs are imported, and run from the mount.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from largefs.hugetext.eligible import Range, describe, text_ranges
 from tests.elf.files import opened
 from tests.elf.overlay import Roots
 from tests.elf.smaps import PMD, Count, count
+from tests.hugetext.test_mount import imported
+from tests.mounts import Mounts
 
 pytestmark = pytest.mark.timeout(1200)  # the first run downloads
 
@@ -60,9 +62,12 @@ def touch(fd: int, path: Path, ranges: list[Range]) -> float:
 
 
 @contextmanager
-def running(root: Path, home: Path, *argv: str) -> Iterator[int]:
-    """The program at work for as long as the test looks at it, with the libraries of `root`."""
-    libraries = root / "usr/lib/x86_64-linux-gnu"
+def running(root: Path, home: Path, *argv: str, system: Path | None = None) -> Iterator[int]:
+    """The program at work for as long as the test looks at it, with the libraries of `system`.
+
+    By default those of `root`, where the program is.
+    """
+    libraries = (system or root) / "usr/lib/x86_64-linux-gnu"
     environment = {
         "HOME": str(home),
         "PATH": os.environ["PATH"],
@@ -134,3 +139,24 @@ def test_coverage(file: str, roots: Roots, tmp_path: Path) -> None:
     with running(roots.before, tmp_path, *BROWSERS[file]) as pid:
         unaligned = steady(lambda: count(pid, str(before)), 0)
     assert unaligned.text == counted.text and unaligned.mapped == 0
+
+
+@pytest.mark.parametrize("file", BROWSERS, ids=["a PIE of lld", "a shared object of lld"])
+def test_coverage_on_a_mount(file: str, roots: Roots, mounts: Mounts, tmp_path: Path) -> None:
+    """Imported as Debian ships it, and run from the mount with a cold cache: nothing else is done."""
+    if file not in roots.changed:
+        pytest.skip(f"no {file} here, or its maker now aligns it")
+    directory = Path(file).parent
+    source = tmp_path / "source"
+    (source / directory).parent.mkdir(parents=True)
+    subprocess.run(["cp", "-a", roots.before / directory, source / directory], check=True)
+    mount = imported(mounts, source, align="auto")
+    after = mount.path / file
+    with opened(after) as view:
+        assert describe(view).eligible >= 0.9 * describe(view).text
+    with running(mount.path, tmp_path, *BROWSERS[file], system=roots.before) as pid:
+        counted = steady(lambda: count(pid, str(after)), 8 * PMD)
+    print(f"{file}: {counted}, coverage {counted.coverage:.3f}")
+    assert counted.eligible >= 0.9 * counted.text
+    assert counted.touched >= 8 * PMD
+    assert counted.coverage >= 0.95
