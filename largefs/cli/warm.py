@@ -1,5 +1,6 @@
 """largefs warm: read files into the page cache in 2 MiB folios."""
 
+import errno
 import os
 import stat
 import sys
@@ -36,7 +37,7 @@ def command(paths: tuple[str, ...]) -> None:
         task = progress.add_task("warming", total=sum(files.values()))
         for path, size in files.items():
             try:
-                done += warm_file(path, _text(path))
+                done += _warm(path)
             except OSError as e:
                 failed += 1
                 click.echo(f"largefs warm: {path}: {e.strerror}", err=True)
@@ -53,6 +54,21 @@ def command(paths: tuple[str, ...]) -> None:
             err=True,
         )
     sys.exit(1 if failed or done.in_pmd < done.wanted else 0)
+
+
+def _warm(path: str) -> Warmed:
+    """Warm one file; one of a mounted largefs is warmed by its daemon. Raises OSError.
+
+    What FUSE passes through is cached in the backing file, and only from there can what is cached in
+    small folios be dropped.
+    """
+    try:
+        said = os.getxattr(path, "user.largefs.warm")
+    except OSError as e:
+        if e.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+            raise
+        return warm_file(path, _text(path))
+    return Warmed(*map(int, said.split()))
 
 
 def _text(path: str) -> list[Range] | None:

@@ -82,7 +82,7 @@ class Mount:
             store,
             self._files,
             self._commits,
-            Hints(store, lambda: self._warmup.route),
+            Hints(store, self._warmup),
             self._warmup,
             Verify(store, enabled=options.verify),
             opendir_needed=CHANNEL is None,

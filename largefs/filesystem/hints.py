@@ -5,17 +5,17 @@ text_ranges         OFFSET:LENGTH of each range of eligible text, in bytes, sepa
 route               how this mount gets 2 MiB pages: passthrough, folio, collapse or none
 coverage_possible   eligible text divided by all text of the file, 0.00 to 1.00
 alignment           what the import changed of the file, for `largefs export --original`; binary
+warm                reading it warms the file's text: bytes wanted, in 2 MiB folios now, and before
 checksum            xxh3-128 of each extent that holds data, NUMBER:HEX, separated by spaces
 """
 
 import errno
 import os
-from collections.abc import Callable
 
 import trio
 
+from largefs.filesystem.warmup import Warmup
 from largefs.hugetext import text
-from largefs.hugetext.routes import Route
 from largefs.store import EXTENT_SIZE, Inode, Store
 from largefs.store.store import fail
 
@@ -25,21 +25,23 @@ PREFIX = b"user.largefs."
 class Hints:
     """The virtual xattrs of a mount."""
 
-    def __init__(self, store: Store, route: Callable[[], Route]) -> None:
+    def __init__(self, store: Store, warmup: Warmup) -> None:
         self._store = store
-        self._route = route
+        self._warmup = warmup
 
     async def value(self, row: Inode, name: bytes) -> bytes:
         """The value of user.largefs.NAME for a regular file; ENODATA for others and other names."""
         kind = name.removeprefix(PREFIX)
         if kind == b"route":
-            return self._route().value.encode()
+            return self._warmup.route.value.encode()
         if not row.blocks and not row.size:
             raise fail(errno.ENODATA)
         if kind == b"extent_size":
             return str(EXTENT_SIZE).encode()
         if kind == b"checksum":
             return self._checksum(row)
+        if kind == b"warm" and (warmed := await self._warmup.now(row.id)):
+            return b"%d %d %d" % (warmed.wanted, warmed.in_pmd, warmed.already)
         if kind == b"alignment" and (alignment := self._store.alignment(row.id)):
             return alignment[1]
         if kind in (b"text_ranges", b"coverage_possible"):

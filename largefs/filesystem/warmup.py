@@ -14,6 +14,7 @@ import enum
 import logging
 import os
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -88,7 +89,7 @@ class Warmup:
             return
         done = self._running[inode] = trio.Event()
         try:
-            work = partial(self._warm_backing, inode)
+            work: Callable[[], object] = partial(self._warm_backing, inode)
             if self.route is Route.COLLAPSE:
                 path = self._mountpoint + self._store.path_of(inode)
                 work = partial(self._collapse, inode, path)
@@ -99,11 +100,21 @@ class Warmup:
             del self._running[inode]
             done.set()
 
-    def _warm_backing(self, inode: int) -> None:
+    async def now(self, inode: int) -> warm.Warmed | None:
+        """Warm one inode because somebody asks; None on a route where the daemon cannot."""
+        if self.route is not Route.PASSTHROUGH:
+            return None
+        return await trio.to_thread.run_sync(
+            partial(self._warm_backing, inode), limiter=self._limiter
+        )
+
+    def _warm_backing(self, inode: int) -> warm.Warmed:
         fd = self._store.backing.open(inode, os.O_RDONLY)
         try:
+            done = warm.Warmed()
             for r in text.of_file(fd).ranges:
-                warm.warm_range(fd, r.offset, r.length, self._stop.is_set)
+                done += warm.warm_range(fd, r.offset, r.length, self._stop.is_set)
+            return done
         finally:
             os.close(fd)
 

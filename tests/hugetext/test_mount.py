@@ -196,3 +196,15 @@ def test_the_program_goes_on_when_the_daemon_is_killed(mounts: Mounts, tmp_path:
         assert child.poll() is None
         mount.mount()  # the store mounts again by itself
         assert (mount.path / "node").stat().st_size == os.stat(node).st_size
+
+
+def test_the_command_warms_what_is_cached_in_small_folios(mounts: Mounts, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    node = os.path.realpath(shutil.which("node") or pytest.skip("nodejs is not installed"))
+    shutil.copy2(node, source / "node")
+    mount = imported(mounts, source, "hugetext=off")
+    (mount.path / "node").read_bytes()  # now it is cached, in whatever folios
+    said = largefs("warm", mount.path / "node").stdout
+    done, wanted = re.match(r"(\d+) of (\d+) MiB", said).groups()
+    assert done == wanted and int(done) > 10
