@@ -5,14 +5,18 @@ folio. The mapping goes through the mount and its pages are read from the daemon
 does it: the daemon itself would wait for itself. Source: madvise(2), collapse_file() in mm/khugepaged.c.
 """
 
+import errno
 import mmap
 import os
 import subprocess
 import sys
 import threading
+import time
 
 from largefs.hugetext import warm
 from largefs.hugetext.mappings import PMD
+
+RETRIES = 20
 
 
 class Helper:
@@ -66,8 +70,8 @@ class Helper:
 def collapse(path: bytes, ranges: list[tuple[int, int]]) -> int:
     """Collapse the whole 2 MiB blocks of (offset, length) ranges; returns the bytes collapsed.
 
-    A block that cannot be collapsed (EAGAIN: pages in use; ENOMEM; EINVAL: a kernel without the route)
-    is passed over. Raises OSError if the file cannot be opened or mapped.
+    A block that cannot be collapsed (EAGAIN again and again; ENOMEM; EINVAL: a kernel without the
+    route) is passed over. Raises OSError if the file cannot be opened or mapped.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     done = 0
@@ -79,14 +83,24 @@ def collapse(path: bytes, ranges: list[tuple[int, int]]) -> int:
                 continue
             with warm.mapped(fd, first, size, mmap.PROT_READ | mmap.PROT_EXEC) as start:
                 for block in range(start, start + size, PMD):
-                    try:
-                        warm.madvise(block, PMD, warm.MADV_COLLAPSE)
-                        done += PMD
-                    except OSError:
-                        continue
+                    done += _collapse_block(block)
     finally:
         os.close(fd)
     return done
+
+
+def _collapse_block(address: int) -> int:
+    """The bytes collapsed: PMD or none. EAGAIN says that a page was in use just then."""
+    for _ in range(RETRIES):
+        try:
+            warm.madvise(address, PMD, warm.MADV_COLLAPSE)
+        except OSError as e:
+            if e.errno != errno.EAGAIN:
+                break
+            time.sleep(0.01)
+        else:
+            return PMD
+    return 0
 
 
 def main() -> None:
