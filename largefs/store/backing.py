@@ -11,6 +11,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import xxhash
@@ -145,6 +146,15 @@ class BackingFiles:
         """open(2) of an existing backing file; raises OSError."""
         return os.open(self.name(inode), flags | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self.fd)
 
+    @contextmanager
+    def opened(self, inode: int) -> Iterator[int]:
+        """A backing file, open for reading while the block runs; raises OSError."""
+        fd = self.open(inode, os.O_RDONLY)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
     def make(self, inode: int) -> int:
         """Make an inode's empty backing file and open it O_RDWR.
 
@@ -189,14 +199,8 @@ class BackingFiles:
             self.flush_all()
             return
         for inode in inodes:
-            try:
-                fd = self.open(inode, os.O_RDONLY)
-            except FileNotFoundError:
-                continue  # removed meanwhile
-            try:
+            with suppress(FileNotFoundError), self.opened(inode) as fd:  # removed meanwhile
                 os.fsync(fd)
-            finally:
-                os.close(fd)
         for bucket in {inode & 0xFF for inode in inodes}:
             fd = os.open(f"{bucket:02x}", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.fd)
             try:

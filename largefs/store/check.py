@@ -885,11 +885,8 @@ class _Check:
         self._record_checksums(inode)
 
     def _record_checksums(self, inode: int) -> None:
-        fd = self._backing.open(inode, os.O_RDONLY)
-        try:
+        with self._backing.opened(inode) as fd:
             sums = b.checksums(fd, os.fstat(fd).st_size)
-        finally:
-            os.close(fd)
         self._db.execute("DELETE FROM extents WHERE inode = ?", (inode,))
         self._db.executemany(
             "INSERT INTO extents VALUES (?, ?, ?)", [(inode, n, c) for n, c in sums]

@@ -796,21 +796,15 @@ class Store:
 
     def has_writer(self, inode: int) -> bool:
         """Whether a process has the backing file open for writing, or mapped so; raises OSError."""
-        fd = self.backing.open(inode, os.O_RDONLY)
-        try:
+        with self.backing.opened(inode) as fd:
             return backing.has_writer(fd)
-        finally:
-            os.close(fd)
 
     def content(self, inode: int) -> Content:
         """Read a backing file through and return what it holds. For any thread; raises OSError."""
-        fd = self.backing.open(inode, os.O_RDONLY)
-        try:
+        with self.backing.opened(inode) as fd:
             st = os.fstat(fd)
             sums = backing.checksums(fd, st.st_size)
             return Content(st.st_size, st.st_blocks, st.st_mtime_ns, sums)
-        finally:
-            os.close(fd)
 
     def record_content(self, inode: int, content: Content, *, huge: bool | None = None) -> None:
         """Record what a file holds now that nobody writes it; it is clean after a commit."""
