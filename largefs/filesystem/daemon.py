@@ -25,7 +25,7 @@ from largefs.filesystem.operations import Filesystem
 from largefs.filesystem.options import Options
 from largefs.filesystem.verify import Verify
 from largefs.filesystem.warmup import Warmup
-from largefs.hugetext import routes, text
+from largefs.hugetext import routes
 from largefs.hugetext.routes import Route
 from largefs.store import Store
 
@@ -76,7 +76,7 @@ class Mount:
         self._mountpoint = mountpoint
         self._options = options
         self._commits = Commits(store, options.commit)
-        self._files = Files(store, self._commits, CHANNEL, _has_eligible_text)
+        self._files = Files(store, self._commits, CHANNEL)
         self._warmup = Warmup(store, options.hugetext, mountpoint)
         self._operations = Filesystem(
             store,
@@ -206,10 +206,6 @@ async def _never_fails(task: Callable[..., object], *args: object) -> None:
 def _escape(path: Path) -> str:
     """A path within a list of options, as libfuse's fuse_opt.c reads it."""
     return str(path).replace("\\", "\\\\").replace(",", "\\,")
-
-
-def _has_eligible_text(fd: int) -> bool:
-    return bool(text.of_file(fd).ranges)
 
 
 def _raise_file_limit() -> None:

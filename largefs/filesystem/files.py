@@ -21,7 +21,8 @@ import trio
 
 from largefs.channel import Channel, Negotiated
 from largefs.filesystem.commits import Commits
-from largefs.store import Inode, Store
+from largefs.hugetext import text
+from largefs.store import Content, Inode, Store
 from largefs.store.backing import has_writer
 
 log = logging.getLogger(__name__)
@@ -66,17 +67,10 @@ class OpenFile:
 class Files:
     """The open files of a mount."""
 
-    def __init__(
-        self,
-        store: Store,
-        commits: Commits,
-        channel: Channel | None,
-        has_eligible_text: Callable[[int], bool],
-    ) -> None:
+    def __init__(self, store: Store, commits: Commits, channel: Channel | None) -> None:
         self._store = store
         self._commits = commits
         self._channel = channel
-        self._has_eligible_text = has_eligible_text
         self._open: dict[int, OpenFile] = {}
         self.writing: set[int] = set()
         self._tickets: dict[int, int] = {}  # inodes to be summed -> which closing it was
@@ -264,8 +258,7 @@ class Files:
         ticket = self._tickets.get(inode)
         if ticket is None:
             return  # written again, or removed
-        content = await trio.to_thread.run_sync(self._store.content, inode)
-        huge = await trio.to_thread.run_sync(self._look_for_text, inode)
+        content, huge = await trio.to_thread.run_sync(self._look_at, inode)
         if self._tickets.get(inode) != ticket:
             return
         del self._tickets[inode]
@@ -273,12 +266,9 @@ class Files:
         self._store.record_content(inode, content, huge=huge)
         self._tell_if_huge_changed(row, huge=huge)
 
-    def _look_for_text(self, inode: int) -> bool:
-        fd = self._store.backing.open(inode, os.O_RDONLY)
-        try:
-            return self._has_eligible_text(fd)
-        finally:
-            os.close(fd)
+    def _look_at(self, inode: int) -> tuple[Content, bool]:
+        """What a file holds, and whether that has eligible text. Blocks; raises OSError."""
+        return self._store.content(inode), bool(text_of(self._store, inode).ranges)
 
     def _tell_if_huge_changed(self, row: Inode, *, huge: bool) -> None:
         if bool(row.huge) != huge:
@@ -336,10 +326,16 @@ class Files:
 
     def _sum_now(self, inode: int) -> None:
         try:
-            content = self._store.content(inode)
-            self._store.record_content(inode, content, huge=self._look_for_text(inode))
+            content, huge = self._look_at(inode)
+            self._store.record_content(inode, content, huge=huge)
         except OSError as e:
             log.error("inode %d: no checksums: %s", inode, e)
+
+
+def text_of(store: Store, inode: int) -> text.Text:
+    """The text of an inode's backing file; reads headers only, but blocks. Raises OSError."""
+    with store.backing.opened(inode) as fd:
+        return text.of_file(fd)
 
 
 def invalidate_attributes(inode: int) -> None:

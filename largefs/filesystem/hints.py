@@ -10,12 +10,11 @@ checksum            xxh3-128 of each extent that holds data, NUMBER:HEX, separat
 """
 
 import errno
-import os
 
 import trio
 
+from largefs.filesystem.files import text_of
 from largefs.filesystem.warmup import Warmup
-from largefs.hugetext import text
 from largefs.store import EXTENT_SIZE, Inode, Store
 from largefs.store.store import fail
 
@@ -45,7 +44,7 @@ class Hints:
         if kind == b"alignment" and (alignment := self._store.alignment(row.id)):
             return alignment[1]
         if kind in (b"text_ranges", b"coverage_possible"):
-            found = await trio.to_thread.run_sync(self._text, row.id)
+            found = await trio.to_thread.run_sync(text_of, self._store, row.id)
             if kind == b"coverage_possible":
                 return b"%.2f" % (found.eligible / found.size if found.size else 0.0)
             return " ".join(f"{r.offset}:{r.length}" for r in found.ranges).encode()
@@ -56,10 +55,3 @@ class Hints:
             raise fail(errno.ENODATA)
         sums = self._store.checksums(row.id)
         return " ".join(f"{n}:{c.hex()}" for n, c in sorted(sums.items())).encode()
-
-    def _text(self, inode: int) -> text.Text:
-        fd = self._store.backing.open(inode, os.O_RDONLY)
-        try:
-            return text.of_file(fd)
-        finally:
-            os.close(fd)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from largefs.hugetext.elf import ET_DYN, Malformed, NotElf, read
-from largefs.hugetext.eligible import Range, is_text, span, text_ranges
+from largefs.hugetext.eligible import Range, text_ranges, text_size
 from largefs.hugetext.view import View
 
 
@@ -28,19 +28,14 @@ NONE = Text(0, [], False)
 
 
 def of_file(fd: int) -> Text:
-    """The text of an open file; raises OSError only."""
-    return of_view(View.of_file(fd))
-
-
-def of_view(view: View) -> Text:
-    """The text of a file seen through a view; raises OSError only."""
+    """The text of an open file, by its headers; raises OSError only."""
+    view = View.of_file(fd)
     try:
         elf = read(view)
     except (NotElf, Malformed):
         return NONE
-    spans = [span(s) for s in elf.loads if is_text(s)]
     return Text(
-        size=sum(s.end - s.start for s in spans),
+        size=text_size(elf),
         ranges=text_ranges(elf, view.size),
         is_shared_object=elf.e_type == ET_DYN and not elf.is_program,
     )
