@@ -15,6 +15,8 @@ import trio
 
 from largefs.filesystem.files import text_of
 from largefs.filesystem.warmup import Warmup
+from largefs.hugetext.routes import Route
+from largefs.hugetext.text import Text
 from largefs.store import EXTENT_SIZE, Inode, Store
 from largefs.store.store import fail
 
@@ -39,16 +41,21 @@ class Hints:
             return str(EXTENT_SIZE).encode()
         if kind == b"checksum":
             return self._checksum(row)
-        if kind == b"warm" and (warmed := await self._warmup.now(row.id)):
-            return b"%d %d %d" % (warmed.wanted, warmed.in_pmd, warmed.already)
         if kind == b"alignment" and (alignment := self._store.alignment(row.id)):
             return alignment[1]
-        if kind in (b"text_ranges", b"coverage_possible"):
-            found = await trio.to_thread.run_sync(text_of, self._store, row.id)
-            if kind == b"coverage_possible":
-                return b"%.2f" % (found.eligible / found.size if found.size else 0.0)
-            return " ".join(f"{r.offset}:{r.length}" for r in found.ranges).encode()
+        if kind == b"warm" and self._warmup.route is Route.PASSTHROUGH:
+            warmed = await self._warmup.now(row.id, (await self._text(row)).ranges)
+            return b"%d %d %d" % (warmed.wanted, warmed.in_pmd, warmed.already)
+        if kind == b"text_ranges":
+            ranges = (await self._text(row)).ranges
+            return b" ".join(b"%d:%d" % r for r in ranges)
+        if kind == b"coverage_possible":
+            text = await self._text(row)
+            return b"%.2f" % (text.eligible / text.size if text.size else 0.0)
         raise fail(errno.ENODATA)
+
+    async def _text(self, row: Inode) -> Text:
+        return await trio.to_thread.run_sync(text_of, self._store, row.id)
 
     def _checksum(self, row: Inode) -> bytes:
         if row.writing:

@@ -21,6 +21,7 @@ from pathlib import Path
 import trio
 
 from largefs.hugetext import collapse, text, warm
+from largefs.hugetext.eligible import Range
 from largefs.hugetext.routes import Route
 from largefs.store import Inode, Store
 
@@ -54,7 +55,7 @@ class Warmup:
         self._running: dict[int, trio.Event] = {}
         self._limiter = trio.CapacityLimiter(THREADS)
         self._stop = threading.Event()
-        self._send, self._background = trio.open_memory_channel[int](1000)
+        self._send, self._background = trio.open_memory_channel[tuple[int, list[Range]]](1000)
 
     async def on_open(self, row: Inode, fd: int, flags: int, pid: int) -> None:
         """Warm a file that process `pid` opens for reading, if its eligible text is about to run."""
@@ -66,10 +67,10 @@ class Warmup:
         if not found.ranges or not (flags & FMODE_EXEC or found.is_shared_object):
             return
         if self._when is When.OPEN:
-            await self._warm(row.id)
+            await self._warm(row.id, found.ranges)
         else:
             try:
-                self._send.send_nowait(row.id)
+                self._send.send_nowait((row.id, found.ranges))
             except trio.WouldBlock:
                 pass  # a thousand programs wait already
 
@@ -82,17 +83,17 @@ class Warmup:
             found = self._texts[key] = text.of_file(fd)
         return found
 
-    async def _warm(self, inode: int) -> None:
-        """Warm one inode; callers that come while it is being warmed wait for the same."""
+    async def _warm(self, inode: int, ranges: list[Range]) -> None:
+        """Warm ranges of one inode; callers that come while it is being warmed wait for the same."""
         if inode in self._running:
             await self._running[inode].wait()
             return
         done = self._running[inode] = trio.Event()
         try:
-            work: Callable[[], object] = partial(self._warm_backing, inode)
+            work: Callable[[], object] = partial(self._warm_backing, inode, ranges)
             if self.route is Route.COLLAPSE:
                 path = self._mountpoint + self._store.path_of(inode)
-                work = partial(self._collapse, inode, path)
+                work = partial(self._helper.collapse, path, ranges)
             await trio.to_thread.run_sync(work, limiter=self._limiter)
         except OSError as e:
             log.warning("inode %d: warm-up failed: %s", inode, e)
@@ -100,36 +101,21 @@ class Warmup:
             del self._running[inode]
             done.set()
 
-    async def now(self, inode: int) -> warm.Warmed | None:
-        """Warm one inode because somebody asks; None on a route where the daemon cannot."""
-        if self.route is not Route.PASSTHROUGH:
-            return None
+    async def now(self, inode: int, ranges: list[Range]) -> warm.Warmed:
+        """Warm ranges of one inode because somebody asks, where the route is passthrough."""
         return await trio.to_thread.run_sync(
-            partial(self._warm_backing, inode), limiter=self._limiter
+            self._warm_backing, inode, ranges, limiter=self._limiter
         )
 
-    def _warm_backing(self, inode: int) -> warm.Warmed:
-        fd = self._store.backing.open(inode, os.O_RDONLY)
-        try:
-            done = warm.Warmed()
-            for r in text.of_file(fd).ranges:
-                done += warm.warm_range(fd, r.offset, r.length, self._stop.is_set)
-            return done
-        finally:
-            os.close(fd)
-
-    def _collapse(self, inode: int, path: bytes) -> None:
-        fd = self._store.backing.open(inode, os.O_RDONLY)
-        try:
-            ranges = text.of_file(fd).ranges
-        finally:
-            os.close(fd)
-        self._helper.collapse(path, [(r.offset, r.length) for r in ranges])
+    def _warm_backing(self, inode: int, ranges: list[Range]) -> warm.Warmed:
+        with self._store.backing.opened(inode) as fd:
+            done = (warm.warm_range(fd, *r, self._stop.is_set) for r in ranges)
+            return sum(done, warm.Warmed())
 
     async def run_background(self) -> None:
         """Do the warm-ups that no open waits for, for ever."""
-        async for inode in self._background:
-            await self._warm(inode)
+        async for inode, ranges in self._background:
+            await self._warm(inode, ranges)
 
     def stop(self) -> None:
         """Have running warm-ups end soon."""

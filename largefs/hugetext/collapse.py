@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 
 from largefs.hugetext import warm
 from largefs.hugetext.mappings import PMD
@@ -31,7 +32,7 @@ class Helper:
         """Its process id, whose opens must not be waited for; 0 if it does not run."""
         return self._process.pid if self._process else 0
 
-    def collapse(self, path: bytes, ranges: list[tuple[int, int]]) -> int:
+    def collapse(self, path: bytes, ranges: Iterable[tuple[int, int]]) -> int:
         """Collapse (offset, length) ranges of a file; blocks. Returns the bytes collapsed.
 
         Raises OSError as open(2) does, or EIO if the helper is gone.
@@ -67,7 +68,7 @@ class Helper:
             self._process.stdin.close()
 
 
-def collapse(path: bytes, ranges: list[tuple[int, int]]) -> int:
+def collapse(path: bytes, ranges: Iterable[tuple[int, int]]) -> int:
     """Collapse the whole 2 MiB blocks of (offset, length) ranges; returns the bytes collapsed.
 
     A block that cannot be collapsed (EAGAIN again and again; ENOMEM; EINVAL: a kernel without the
