@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from largefs.hugetext.align import restore
-from largefs.hugetext.view import View, chunks
 from largefs.store import EXTENT_SIZE, ROOT_INODE, Inode, Store
-from largefs.store import backing as b
+from largefs.store.backing import data_ranges
 from largefs.store.store import fail
+from largefs.transfer.copy import copy_laid_out, copy_stretch
 
 
 @dataclass
@@ -110,8 +110,7 @@ class Exporter:
             self.tally.failed.append((path, "cannot set " + ", ".join(lost)))
 
     def _export_file(self, row: Inode, target: bytes) -> None:
-        fd = self._store.backing.open(row.id, os.O_RDONLY)
-        try:
+        with self._store.backing.opened(row.id) as fd:
             to = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 alignment = self._store.alignment(row.id)
@@ -119,32 +118,20 @@ class Exporter:
                     self._copy(fd, to, row.size)
                 else:
                     copy_original(fd, to, alignment[1])
+            except BaseException:
+                os.unlink(target)
+                raise
             finally:
                 os.close(to)
-        except BaseException:
-            if os.path.lexists(target):
-                os.unlink(target)
-            raise
-        finally:
-            os.close(fd)
         self.tally.copied += row.size
 
     def _copy(self, fd: int, to: int, size: int) -> None:
         os.ftruncate(to, size)
-        for start, end in b.data_ranges(fd, size):
-            position = start
-            while position < end:
-                view = self._buffer[: min(EXTENT_SIZE, end - position)]
-                got = b.read_full(fd, view, position)
-                if got == 0:
-                    raise fail(errno.EIO)  # shorter than the metadata says
-                b.write_full(to, view[:got], position)
-                position += got
+        for start, end in data_ranges(fd, size):
+            if not copy_stretch(fd, to, start, end, self._buffer):
+                raise fail(errno.EIO)  # shorter than the metadata says
 
 
 def copy_original(fd: int, to: int, record: bytes) -> None:
     """Write the bytes that an aligned file had before the import; raises OSError, BadRecord."""
-    layout = restore(record)
-    for offset, data in chunks(View.of_file(fd), layout):
-        b.write_full(to, data, offset)
-    os.ftruncate(to, layout.size)
+    copy_laid_out(fd, to, restore(record))

@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from largefs.hugetext import text
 from largefs.hugetext.align import Mode, plan
-from largefs.hugetext.view import View, chunks
-from largefs.store import EXTENT_SIZE, ROOT_INODE, Inode, Store, StoreError
+from largefs.hugetext.view import View
+from largefs.store import EXTENT_SIZE, ROOT_INODE, Inode, Store
 from largefs.store import backing as b
 from largefs.store.store import fail
+from largefs.transfer.copy import copy_laid_out, copy_stretch
 
 COMMIT_BYTES = 1 << 30
 COMMIT_SECONDS = 10.0
@@ -74,7 +74,6 @@ class Importer:
         self._links: dict[tuple[int, int], int] = {}  # (st_dev, st_ino) with several names -> inode
         self._buffer = memoryview(bytearray(EXTENT_SIZE))
         self._can_clone = True
-        self._can_copy_in_kernel = True
         self._bytes_at_commit = 0
         self._time_of_commit = time.monotonic()
         self._store_device = os.fstat(store.backing.fd)
@@ -299,21 +298,16 @@ class Importer:
         aligned = plan(View.of_file(fd), self._align, signed)
         if aligned.text:
             self.tally.aligned.append((path, aligned.reason))
+        huge = int(bool(aligned.ranges))
         if not aligned.changed:
-            found = text.of_file(fd)
-            if found.ranges:
+            if huge:
                 self._prepare_extents(fd, to, row.size)
-            sums = self._copy_plain(fd, to, row.size)
-            return row._replace(huge=int(bool(found.ranges))), sums, None
+            return row._replace(huge=huge), self._copy_plain(fd, to, row.size), None
         b.prefer_extents(to)
-        for offset, data in chunks(View.of_file(fd), aligned.layout):
-            b.write_full(to, data, offset)
-        os.ftruncate(to, aligned.layout.size)
-        found = text.of_file(to)
+        copy_laid_out(fd, to, aligned.layout)
         size = aligned.layout.size
-        sums = b.checksums(to, size)
-        row = row._replace(size=size, huge=int(bool(found.ranges)))
-        return row, sums, (os.fstat(fd).st_size, aligned.record())
+        alignment = os.fstat(fd).st_size, aligned.record()
+        return row._replace(size=size, huge=huge), b.checksums(to, size), alignment
 
     def _prepare_extents(self, fd: int, to: int, size: int) -> None:
         b.prefer_extents(to)
@@ -328,7 +322,8 @@ class Importer:
         if size <= EXTENT_SIZE:
             return self._copy_extent(fd, to, size)
         for start, end in b.data_ranges(fd, size):
-            self._copy_stretch(fd, to, start, end)
+            if not copy_stretch(fd, to, start, end, self._buffer):
+                raise ChangedError(SHRUNK)
         b.start_writing(to)
         return b.checksums_by_mapping(to, size)
 
@@ -345,26 +340,6 @@ class Importer:
         if size >= WRITE_BEHIND:
             b.start_writing(to)
         return [(0, b.checksum(view))] if stretches else []
-
-    def _copy_stretch(self, fd: int, to: int, start: int, end: int) -> None:
-        """Copy data in the kernel where both files allow it (copy_file_range(2)), else by hand."""
-        while start < end and self._can_copy_in_kernel:
-            try:
-                done = os.copy_file_range(fd, to, end - start, start, start)
-            except OSError as e:
-                if e.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    raise
-                self._can_copy_in_kernel = False
-                break
-            if done == 0:
-                break  # shorter than it was, or a filesystem that makes its data up
-            start += done
-        while start < end:
-            view = self._buffer[: min(EXTENT_SIZE, end - start)]
-            if b.read_full(fd, view, start) < len(view):
-                raise ChangedError(SHRUNK)
-            b.write_full(to, view, start)
-            start += len(view)
 
     def _clone(self, fd: int, to: int) -> bool:
         """Share the extents with the source where the filesystem can (FICLONE: xfs, btrfs)."""
@@ -402,6 +377,3 @@ def _xattrs(path: bytes) -> dict[bytes, bytes]:
             if e.errno != errno.ENODATA:
                 raise
     return found
-
-
-__all__ = ["ChangedError", "Importer", "StoreError", "Tally"]
