@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from largefs.cli.errors import die, show
-from largefs.cli.progress import line, size
+from largefs.cli.output import size
+from largefs.cli.progress import line
 from largefs.store import StoreError
 from largefs.store.check import Problem, Report, check
 

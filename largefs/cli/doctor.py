@@ -20,7 +20,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from largefs.cli.output import show
+from largefs.cli.output import show, size
 from largefs.hugetext import routes
 from largefs.hugetext.mappings import PMD
 
@@ -202,10 +202,10 @@ def _huge_pages() -> Iterator[Finding]:
         do = "run a kernel with CONFIG_TRANSPARENT_HUGEPAGE"
         yield Finding("warn", "huge pages", "this kernel has none", do)
         return
-    size = int((routes.THP / "hpage_pmd_size").read_text())
-    if size != PMD:
+    pmd = int((routes.THP / "hpage_pmd_size").read_text())
+    if pmd != PMD:
         do = "run a kernel with 4 KiB base pages"
-        what = f"a PMD of this kernel maps {size >> 10} KiB, not 2 MiB"
+        what = f"a PMD of this kernel maps {pmd >> 10} KiB, not 2 MiB"
         yield Finding("warn", "huge pages", what, do)
         return
     switch = (routes.THP / "enabled").read_text().strip()
@@ -277,12 +277,12 @@ def _open_itlb_counter() -> int:
 
 def _space(store: str) -> Iterator[Finding]:
     vfs = os.statvfs(store)
-    free, size = vfs.f_bavail * vfs.f_frsize, vfs.f_blocks * vfs.f_frsize
+    free, total = vfs.f_bavail * vfs.f_frsize, vfs.f_blocks * vfs.f_frsize
     fstype = routes.filesystem_type(store)
-    what = f"{fstype}, {free / (1 << 30):.1f} of {size / (1 << 30):.1f} GiB free"
+    what = f"{fstype}, {size(free)} of {size(total)} free"
     if vfs.f_flag & os.ST_RDONLY:
         yield Finding("bad", "store", f"{what}, read-only", "remount it read-write")
-    elif free < max(size // 50, PMD):
+    elif free < max(total // 50, PMD):
         yield Finding("warn", "store", what, "free some space: an extent takes 2 MiB at a time")
     else:
         yield Finding("ok", "store", what)

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from largefs.cli.errors import die, explained, show
-from largefs.cli.progress import line, size
+from largefs.cli.output import size
+from largefs.cli.progress import line
 from largefs.store import Store
 from largefs.transfer.exporter import Exporter, copy_original
 

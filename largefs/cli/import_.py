@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 
 from largefs.cli.errors import die, explained, show
-from largefs.cli.progress import line, size
+from largefs.cli.output import size
+from largefs.cli.progress import line
 from largefs.hugetext.align import Mode
 from largefs.store import Store
 from largefs.transfer.importer import Importer, Tally

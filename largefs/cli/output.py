@@ -1,10 +1,19 @@
-"""Tables for people: fitted to a terminal; elsewhere one line a row, without trailing blanks."""
+"""Sizes, and tables: fitted to a terminal; elsewhere one line a row, without trailing blanks."""
 
 import io
 import sys
 
 import click
 from rich.console import Console, RenderableType
+
+
+def size(amount: float) -> str:
+    """Bytes in the unit that reads best: '1.5 GiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} TiB"
 
 
 def show(renderable: RenderableType) -> None:

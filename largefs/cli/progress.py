@@ -9,15 +9,6 @@ INTERVAL = 0.1
 """Seconds between two changes of the line."""
 
 
-def size(amount: float) -> str:
-    """Bytes in the unit that reads best: '1.5 GiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1024:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1024
-    return f"{amount:.1f} TiB"
-
-
 @contextlib.contextmanager
 def line() -> Iterator[Callable[[Callable[[], str]], None]]:
     """Give a function that shows what its argument returns, at most every INTERVAL."""

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from largefs.cli.output import show
+from largefs.cli.output import show, size
 from largefs.hugetext import coverage, file_report, mappings
 from largefs.hugetext.coverage import Process, Report, Text
 from largefs.hugetext.file_report import FileReport
@@ -189,14 +189,14 @@ def _file(file: FileReport) -> list[RenderableType]:
     if now.build_id:
         lines.append(f"  build id {now.build_id}")
     if now.text:
-        lines.append(f"  text {_mib(now.text)}, of which eligible {_mib(now.eligible)}")
-        for why, size in sorted(now.rest.items(), key=lambda item: -item[1]):
-            lines.append(f"  not eligible {_mib(size)}: {why}")
+        lines.append(f"  text {size(now.text)}, of which eligible {size(now.eligible)}")
+        for why, amount in sorted(now.rest.items(), key=lambda item: -item[1]):
+            lines.append(f"  not eligible {size(amount)}: {why}")
     if file.original is None:
         lines.append(f"  as it came; what an import would do: {file.alignment}")
     else:
         lines.append(f"  aligned by the import: {file.alignment}")
-        lines.append(f"  eligible before: {_mib(file.original.eligible)}")
+        lines.append(f"  eligible before: {size(file.original.eligible)}")
     return lines
 
 
@@ -209,11 +209,7 @@ def _columns(table: Table, last: str, *first: str) -> None:
 def _row(table: Table, text: Text, name: str, *first: str, style: str | None = None) -> None:
     sizes = (text.length, text.eligible, text.touched, text.pmd_mapped)
     part = "-" if text.coverage is None else f"{text.coverage:.3f}"
-    table.add_row(*first, *map(_mib, sizes), part, _plain(name), style=style)
-
-
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):.1f} MiB"
+    table.add_row(*first, *map(size, sizes), part, _plain(name), style=style)
 
 
 def _plain(name: str) -> str:
@@ -240,11 +236,11 @@ def _reasons(total: Text) -> list[RenderableType]:
     table.add_column("NOT ON 2 MiB", justify="right", no_wrap=True)
     table.add_column("WHY")
     table.add_column("WHAT TO DO")
-    for reason, size in sorted(total.why.items(), key=lambda item: -item[1]):
-        table.add_row(_mib(size), reason.meaning, reason.remedy)
+    for reason, amount in sorted(total.why.items(), key=lambda item: -item[1]):
+        table.add_row(size(amount), reason.meaning, reason.remedy)
     untouched = total.eligible - total.touched
     if untouched:
-        table.add_row(_mib(untouched), "eligible, but not touched yet", "nothing")
+        table.add_row(size(untouched), "eligible, but not touched yet", "nothing")
     return ["", table]
 
 
@@ -304,5 +300,5 @@ def _text_json(text: Text) -> dict[str, Any]:
         "touched": text.touched,
         "pmd_mapped": text.pmd_mapped,
         "coverage": text.coverage,
-        "why": {reason.label: size for reason, size in text.why.items()},
+        "why": {reason.label: amount for reason, amount in text.why.items()},
     }
