@@ -40,7 +40,7 @@ class Finding:
     do: str = ""  # empty if there is nothing to do
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command()
 @click.argument("store", required=False, type=click.Path(path_type=str))
 @click.option("--json", "as_json", is_flag=True, help="Write JSON.")
 def command(store: str | None, as_json: bool) -> None:

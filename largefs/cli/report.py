@@ -37,7 +37,7 @@ class Selection:
     """The program or library itself, where it was named by its path."""
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command()
 @click.argument("target", required=False, metavar="[PID|PROGRAM|FILE|MOUNTPOINT]")
 @click.option("--json", "as_json", is_flag=True, help="Write JSON (docs/routes.md has its fields).")
 @click.option("--watch", is_flag=True, help="Repeat every --interval seconds until interrupted.")

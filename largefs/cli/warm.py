@@ -16,7 +16,7 @@ from largefs.hugetext.mappings import PMD
 from largefs.hugetext.warm import Warmed, warm_file
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command()
 @click.argument(
     "paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(exists=True, path_type=str)
 )
