@@ -15,6 +15,7 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import pyfuse3
 import trio
@@ -212,24 +213,39 @@ class Files:
 
     def _settle(self, inode: int, fd: int) -> None:
         """Record what a file is now that nobody writes it; `fd` is open on its backing file."""
-        self.writing.discard(inode)
         try:
             row = self._store.get(inode)
         except FileNotFoundError:
+            self.forget(inode)
             return
         st = os.fstat(fd)
         if st.st_size <= SETTLE_AT_ONCE:
             self._store.record_content(inode, self._store.content(inode), huge=False)
             self._tell_if_huge_changed(row, huge=False)
-            return
-        self._store.set_attributes(
-            inode,
-            size=st.st_size,
-            blocks=st.st_blocks,
-            mtime_ns=st.st_mtime_ns,
-            ctime_ns=max(row.ctime_ns, st.st_mtime_ns),
-        )
-        self.sum_later(inode)
+        else:
+            self._store.set_attributes(
+                inode,
+                size=st.st_size,
+                blocks=st.st_blocks,
+                mtime_ns=st.st_mtime_ns,
+                ctime_ns=max(row.ctime_ns, st.st_mtime_ns),
+            )
+            self.sum_later(inode)
+        self.writing.discard(inode)  # not before: what could not be recorded is no truth to reply
+
+    def _settle_unless_written(self, inode: int) -> bool:
+        """Settle a closed file, or return False because a mapping still writes it.
+
+        What cannot be settled stays in writing, and so its attributes true; the next mount tries again.
+        """
+        try:
+            with self._store.backing.opened(inode) as fd:
+                if has_writer(fd):
+                    return False
+                self._settle(inode, fd)
+        except OSError as e:
+            log.error("inode %d: not settled: %s", inode, e)
+        return True
 
     def settle_later(self, inode: int) -> None:
         """Settle a file that a daemon before this one left open for writing.
@@ -281,21 +297,13 @@ class Files:
                 nursery.start_soon(self._watch, inode)
 
     async def _watch(self, inode: int) -> None:
-        for i in range(1 << 62):
-            await trio.sleep(LEASE_RETRY[min(i, len(LEASE_RETRY) - 1)])
+        for seconds in chain(LEASE_RETRY, repeat(LEASE_RETRY[-1])):
+            await trio.sleep(seconds)
             file = self._open.get(inode)
             if (file and file.writers) or inode not in self.writing:
                 return  # its next closing sees to it
-            try:
-                fd = self._store.backing.open(inode, os.O_RDONLY)
-            except OSError:
-                return  # removed
-            try:
-                if not has_writer(fd):
-                    self._settle(inode, fd)
-                    return
-            finally:
-                os.close(fd)
+            if self._settle_unless_written(inode):
+                return
 
     def forget(self, inode: int) -> None:
         """The inode is gone: nothing of it is to be settled."""
@@ -308,21 +316,10 @@ class Files:
         Inodes that a mapping still writes stay marked; the next mount settles them.
         """
         for inode in list(self.writing):
-            self._finish_one(inode)
+            self._settle_unless_written(inode)
         for inode in list(self._tickets):
             self._sum_now(inode)
         self._tickets.clear()
-
-    def _finish_one(self, inode: int) -> None:
-        try:
-            fd = self._store.backing.open(inode, os.O_RDONLY)
-            try:
-                if not has_writer(fd):
-                    self._settle(inode, fd)
-            finally:
-                os.close(fd)
-        except OSError as e:
-            log.error("inode %d: not settled: %s", inode, e)
 
     def _sum_now(self, inode: int) -> None:
         try:

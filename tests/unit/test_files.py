@@ -1,0 +1,39 @@
+"""Open files, driven without a mount."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from largefs.filesystem.commits import Commits
+from largefs.filesystem.files import SETTLE_AT_ONCE, Files, handle
+from largefs.store import ROOT_INODE, Store
+from largefs.store.store import fail
+
+
+async def test_what_cannot_be_settled_stays_in_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else stat(2) would give the size before the writing until the next mount."""
+
+    def full(*_: object, **__: object) -> None:
+        raise fail(errno.ENOSPC)
+
+    size = 2 * SETTLE_AT_ONCE
+    Store.create(tmp_path / "store")
+    with Store.open(tmp_path / "store", "a test") as store:
+        files = Files(store, Commits(store, 5), None)
+        inode = store.make(ROOT_INODE, b"f", stat.S_IFREG | 0o644, 0, 0).id
+        await files.open(inode, writable=True, new=True)
+        fh = handle(inode, writable=True)
+        os.ftruncate(files.write_fd(fh), size)
+        with monkeypatch.context() as disk, pytest.raises(OSError, match="space"):
+            disk.setattr(store, "set_attributes", full)
+            files.release(fh)
+        assert inode in files.writing
+        assert files.stat_in_writing(inode).st_size == size
+        files.finish()
+        assert inode not in files.writing
+        assert store.get(inode).size == size
