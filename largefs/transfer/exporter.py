@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from largefs.hugetext.align import restore
+from largefs.hugetext.view import BadRecord
 from largefs.store import EXTENT_SIZE, ROOT_INODE, Inode, Store
 from largefs.store.backing import data_ranges
 from largefs.store.store import fail
@@ -133,5 +134,9 @@ class Exporter:
 
 
 def copy_original(fd: int, to: int, record: bytes) -> None:
-    """Write the bytes that an aligned file had before the import; raises OSError, BadRecord."""
-    copy_laid_out(fd, to, restore(record))
+    """Write the bytes that an aligned file had before the import; raises OSError (EIO: a bad record)."""
+    try:
+        layout = restore(record)
+    except BadRecord as e:
+        raise OSError(errno.EIO, str(e)) from None
+    copy_laid_out(fd, to, layout)
