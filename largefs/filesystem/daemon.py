@@ -10,7 +10,7 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pyfuse3
@@ -195,10 +195,10 @@ def _probe(store: Path) -> routes.Probe:
         return routes.Probe(offers, offered=None, stack_depth=1)
 
 
-async def _never_fails(task: Callable[..., object], *args: object) -> None:
+async def _never_fails(task: Callable[..., Awaitable[None]], *args: object) -> None:
     """Run a background task; if it ends by an exception, that must not end the mount."""
     try:
-        await task(*args)  # type: ignore[misc]
+        await task(*args)
     except Exception:
         log.exception("a background task ended: %r", task)
 

@@ -58,7 +58,6 @@ DOT_ENTRIES: Final = 2
 """readdir() positions 1 and 2 are behind '.' and '..'; an entry's own is its id and 2."""
 
 CAPABILITY: Final = b"security.capability"
-RWF_NOWAIT: Final = os.RWF_NOWAIT
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -437,7 +436,7 @@ class Filesystem(pyfuse3.Operations):
         fd = self._files.fd(fh)
         buffer = memoryview(bytearray(size))
         try:
-            got = os.preadv(fd, [buffer], off, RWF_NOWAIT)
+            got = os.preadv(fd, [buffer], off, os.RWF_NOWAIT)
         except OSError as e:
             if e.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
                 raise

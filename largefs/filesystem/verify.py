@@ -25,8 +25,9 @@ class Verify:
             return
         expected = self._store.checksums(row.id)
         found = await trio.to_thread.run_sync(self._store.content, row.id)
-        if found.size != row.size or dict(found.checksums) != expected:
-            bad = sorted(n for n, c in expected.items() if dict(found.checksums).get(n) != c)
+        sums = dict(found.checksums)
+        if found.size != row.size or sums != expected:
+            bad = sorted({n for n, _ in expected.items() ^ sums.items()})
             log.error("inode %d: damaged: size %d, extents %s", row.id, found.size, bad)
             raise fail(errno.EIO)
         self._good.add((row.id, row.mtime_ns))

@@ -52,11 +52,11 @@ class Helper:
             try:
                 self._process.stdin.write(" ".join(words) + "\n")
                 self._process.stdin.flush()
+                answer = self._process.stdout.readline()
             except BrokenPipeError:
-                raise OSError(5, "the helper process is gone") from None
-            answer = self._process.stdout.readline()
+                answer = ""
         if not answer:
-            raise OSError(5, "the helper process is gone")
+            raise OSError(errno.EIO, "the helper process is gone")
         kind, number = answer.split()
         if kind == "error":
             raise OSError(int(number), os.strerror(int(number)))
