@@ -10,6 +10,7 @@ checksum            xxh3-128 of each extent that holds data, NUMBER:HEX, separat
 """
 
 import errno
+import stat
 
 import trio
 
@@ -35,7 +36,7 @@ class Hints:
         kind = name.removeprefix(PREFIX)
         if kind == b"route":
             return self._warmup.route.value.encode()
-        if not row.blocks and not row.size:
+        if not stat.S_ISREG(row.mode):
             raise fail(errno.ENODATA)
         if kind == b"extent_size":
             return str(EXTENT_SIZE).encode()
