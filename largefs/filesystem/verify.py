@@ -4,9 +4,9 @@ import errno
 import logging
 
 import trio
+from pyfuse3 import FUSEError
 
 from largefs.store import Inode, Store
-from largefs.store.store import fail
 
 log = logging.getLogger(__name__)
 
@@ -29,5 +29,5 @@ class Verify:
         if found.size != row.size or sums != expected:
             bad = sorted({n for n, _ in expected.items() ^ sums.items()})
             log.error("inode %d: damaged: size %d, extents %s", row.id, found.size, bad)
-            raise fail(errno.EIO)
+            raise FUSEError(errno.EIO)  # an OSError would log a traceback as well
         self._good.add((row.id, row.mtime_ns))
