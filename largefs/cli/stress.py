@@ -15,11 +15,20 @@ from rich.table import Table
 from largefs.stress import generator, runner
 from largefs.stress.session import CannotRunError
 
+_SHOWN = 30  # operations of a replay that are also printed
+
 
 @click.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--seed", type=int, help="Seed of the operations; without it, a new one each time.")
 @click.option("--seconds", type=float, default=60.0, show_default=True, help="How long.")
+@click.option(
+    "--mode",
+    type=click.Choice(runner.MODES),
+    default="all",
+    show_default=True,
+    help="Operations with an exact model, races on a file, races around programs, or all by turns.",
+)
 @click.option("--ops", type=click.IntRange(min=1), help="How many operations, instead of how long.")
 @click.option("--replay", type=click.Path(path_type=Path), help="Do again what FILE holds.")
 @click.option(
@@ -48,7 +57,7 @@ from largefs.stress.session import CannotRunError
     default=2.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long the processes race on one file after each 5000 operations; 0: never.",
+    help="How long each race lasts, after each 5000 operations; 0: no races.",
 )
 @click.option(
     "--tails",
@@ -78,11 +87,13 @@ from largefs.stress.session import CannotRunError
     metavar="SECONDS",
     help="After how long an operation hangs.",
 )
+@click.option("--log", type=click.Path(path_type=Path), help="Write every operation to FILE.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def command(
     directory: Path,
     seed: int | None,
     seconds: float,
+    mode: str,
     ops: int | None,
     replay: Path | None,
     save: Path,
@@ -94,6 +105,7 @@ def command(
     skip: tuple[str, ...],
     shrink_seconds: float,
     timeout: float,
+    log: Path | None,
     as_json: bool,
 ) -> None:
     """Torture truncate, mmap, hole punching and huge pages in DIR, on any filesystem.
@@ -106,6 +118,7 @@ def command(
         directory=directory,
         seed=int(time.time()) if seed is None else seed,
         seconds=seconds,
+        mode=mode,
         operations=ops,
         files=files,
         workers=workers,
@@ -115,6 +128,7 @@ def command(
         shrink_seconds=shrink_seconds,
         skip=frozenset(skip) | (frozenset() if tails else {"tail"}),
         save_to=save,
+        log=log,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as for an interrupt
 
@@ -146,13 +160,17 @@ def command(
 
 def _print(result: runner.Result, directory: Path) -> None:
     where = result.environment
-    rate = result.operations / max(result.busy_seconds, 1e-9)
     print(
-        f"seed {result.seed}, Linux {where['kernel']}, "
-        f"{where['filesystem']} ({where['options']}):\n"
-        f"{result.operations:,} operations in {result.seconds:.1f} s ({rate:,.0f} a second), "
-        f"{result.tally.bytes_compared / 1e9:.1f} GB compared"
+        f"seed {result.seed}, Linux {where['kernel']}, {where['filesystem']} ({where['options']}):"
     )
+    if result.busy_seconds:
+        rate = result.operations / result.busy_seconds
+        print(
+            f"{result.operations:,} operations in {result.seconds:.1f} s ({rate:,.0f} a second), "
+            f"{result.tally.bytes_compared / 1e9:.1f} GB compared"
+        )
+    else:
+        print(f"races for {result.seconds:.1f} s")
     table = Table("operation", "done", box=None, pad_edge=False)
     table.columns[1].justify = "right"
     for name, count in sorted(result.tally.operations.items()):
@@ -166,16 +184,24 @@ def _print(result: runner.Result, directory: Path) -> None:
         absent = ", ".join(f"{name} ({why})" for name, why in sorted(tally.unsupported.items()))
         print(f"not tested, the filesystem lacks it: {absent}")
     if tally.pmd_hits:
-        print(
-            f"PMD-mapped: up to {tally.pmd_most >> 20} MiB in one process, "
-            f"in {tally.pmd_hits} of {tally.pmd_samples} looks"
-        )
+        most = f", up to {tally.pmd_most >> 20} MiB in one process" if tally.pmd_most else ""
+        print(f"PMD-mapped in {tally.pmd_hits:,} of {tally.pmd_samples:,} looks{most}")
     else:
-        print("PMD-mapped: never seen, so no huge page was tested")
+        print(
+            "PMD-mapped: NEVER SEEN. No huge page was tested: this run proves nothing about them."
+        )
+    if tally.pmd_taken:
+        print("2 MiB pages taken from mappings by")
+        for name, count in sorted(tally.pmd_taken.items()):
+            print(f"  {name} {count:,}")
     for note in result.notes:
         print(f"note: {note}")
     if result.difference:
         print(f"DIFFERENCE at operation {result.difference.operation}: {result.difference}")
+        for line in result.sequence[-_SHOWN:]:
+            print(f"  {line}")
+        if len(result.sequence) > _SHOWN:
+            print(f"  (the last {_SHOWN} of {len(result.sequence)} operations)")
         if result.replay:
             print(f"replay: largefs stress {directory} --replay {result.replay}")
     else:

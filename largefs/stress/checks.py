@@ -8,7 +8,9 @@ replayed, which is what makes shrinking possible.
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
+import mmap
 import os
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +18,8 @@ from typing import Any
 from largefs.stress import folios, program, syscalls
 from largefs.stress.model import Handle, Mapping, Program
 from largefs.stress.report import Difference, Write
-from largefs.stress.session import Operation, Session
-from largefs.stress.syscalls import PMD
+from largefs.stress.session import Operation, Session, errno_name
+from largefs.stress.syscalls import PAGE, PMD
 
 _ABSENT = {errno.EOPNOTSUPP, errno.ENOSYS}
 _ADVISORY = {errno.EINVAL, errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.EPERM, errno.ENOSYS}
@@ -59,13 +61,17 @@ def _open(s: Session, op: Operation, a: dict[str, Any]) -> bool:
     if a["h"] in s.model.handles or (inode is None and not flags & os.O_CREAT):
         return False
     result, size = s.call(op)
+    direct = bool(flags & os.O_DIRECT)
+    if direct and s.learn("o-direct", result, {errno.EINVAL}):
+        return True
     s.require(op, result)
     if inode is None:
         inode = s.model.create(name, s.capacity)
     elif flags & os.O_TRUNC:
         inode.truncate(0)
+        s.model.truncated(inode)
     writable = flags & os.O_ACCMODE != os.O_RDONLY
-    s.model.handles[a["h"]] = Handle(op.worker, inode, bool(flags & os.O_APPEND), writable)
+    s.model.handles[a["h"]] = Handle(op.worker, inode, bool(flags & os.O_APPEND), writable, direct)
     s.check_size(op, inode, size)
     return True
 
@@ -85,13 +91,23 @@ def _close(s: Session, op: Operation, a: dict[str, Any]) -> bool:
     return True
 
 
+def _for_direct(a: dict[str, Any]) -> bool:
+    """Whether a read or write is aligned as O_DIRECT wants it."""
+    return all(a.get(name, 0) % PAGE == 0 for name in ("off", "len", "from"))
+
+
+_BY_PIPE = ("sendfile", "splice")
+
+
 def _read(s: Session, op: Operation, a: dict[str, Any]) -> bool:
     handle = _handle(s, op, a["h"])
-    if handle is None:
+    if handle is None or (handle.direct and not _for_direct(a)):
         return False
     inode, offset = handle.inode, a["off"]
     due = max(0, min(a["len"], inode.size - offset))
     result, _ = s.call(op)
+    if a["via"] in _BY_PIPE and s.learn(f"read {a['via']}", result, {*_ABSENT, errno.EINVAL}):
+        return True
     s.require(op, result)
     s.compare(op, inode, offset, min(result, due), a["via"])
     if result != due:
@@ -108,11 +124,15 @@ def _write(s: Session, op: Operation, a: dict[str, Any]) -> bool:
     handle = _handle(s, op, a["h"], write=True)
     if handle is None or (a["via"] == "append") != handle.append:
         return False
+    if handle.direct and not _for_direct(a):
+        return False
     inode = handle.inode
     offset = inode.size if handle.append else a["off"]
     if offset + a["len"] > s.capacity:
         return False
     result, size = s.call(op)
+    if a["via"] in _BY_PIPE and s.learn(f"write {a['via']}", result, {*_ABSENT, errno.EINVAL}):
+        return True
     s.require(op, result)
     if not 0 < result <= a["len"]:
         raise Difference("short", f"write of {a['len']} bytes returned {result}")
@@ -126,10 +146,13 @@ def _truncate(s: Session, op: Operation, a: dict[str, Any]) -> bool:
     handle = _handle(s, op, a["h"], write=True)
     if handle is None or a["size"] > s.capacity:
         return False
-    result, size = s.call(op)
+    inode = handle.inode
+    cut = min(a["size"], inode.size)
+    result, size = s.call_to_change(op, inode, cut, s.capacity + PMD, "truncate")
     s.require(op, result)
-    handle.inode.truncate(a["size"])
-    s.check_size(op, handle.inode, size)
+    inode.truncate(a["size"])
+    s.model.truncated(inode)
+    s.check_size(op, inode, size)
     return True
 
 
@@ -145,8 +168,9 @@ def _fallocate(s: Session, op: Operation, a: dict[str, Any]) -> bool:
         return False
     if end > s.capacity:
         return False
-    result, size = s.call(op)
     moves = mode in (syscalls.COLLAPSE_RANGE, syscalls.INSERT_RANGE)
+    changed = s.capacity + PMD if moves else end
+    result, size = s.call_to_change(op, inode, offset, changed, mode_name(mode))
     acceptable = {*_ABSENT, errno.EINVAL} if moves else _ABSENT
     if s.learn(f"fallocate {mode_name(mode)}", result, acceptable):
         return True
@@ -157,6 +181,8 @@ def _fallocate(s: Session, op: Operation, a: dict[str, Any]) -> bool:
     elif mode == syscalls.INSERT_RANGE:
         s.moved(inode, offset, inode.size, inode, length)
         inode.insert(offset, length)
+    if moves:
+        s.model.moved(inode)
     else:
         if mode & (syscalls.PUNCH_HOLE | syscalls.ZERO_RANGE):
             inode.zero(offset, length)
@@ -181,7 +207,7 @@ def mode_name(mode: int) -> str:
 
 def _copy(s: Session, op: Operation, a: dict[str, Any]) -> bool:
     source, target = _handle(s, op, a["h"]), _handle(s, op, a["h2"], write=True)
-    if source is None or target is None or target.append:
+    if source is None or target is None or target.append or source.direct or target.direct:
         return False
     offset, to, length = a["off"], a["off2"], a["len"]
     if to + length > s.capacity or (source.inode is target.inode and abs(offset - to) < length):
@@ -255,15 +281,16 @@ def _fadvise(s: Session, op: Operation, a: dict[str, Any]) -> bool:
 
 
 def _map(s: Session, op: Operation, a: dict[str, Any]) -> bool:
-    handle = _handle(s, op, a["h"], write=a["prot"] == "rw")
+    handle = _handle(s, op, a["h"], write=a["prot"] == "rw" and a["shared"])
     if handle is None or a["m"] in s.model.mappings:
         return False
     result, _ = s.call(op)
-    if s.learn(f"map {a['prot']}", result, {errno.ENODEV, *(_EXEC if a["prot"] == "rx" else ())}):
+    kind = map_name(a["prot"], a["shared"])
+    if s.learn(kind, result, {errno.ENODEV, *(_EXEC if a["prot"] == "rx" else ())}):
         return True
     s.require(op, result, "mmap")
     s.model.mappings[a["m"]] = Mapping(
-        op.worker, handle.inode, a["off"], a["len"], a["prot"] == "rw"
+        op.worker, handle.inode, a["off"], a["len"], a["prot"] == "rw", a["shared"]
     )
     return True
 
@@ -271,9 +298,27 @@ def _map(s: Session, op: Operation, a: dict[str, Any]) -> bool:
 _EXEC = (errno.EPERM, errno.EACCES)  # mounted noexec
 
 
+def map_name(prot: str, shared: bool) -> str:
+    """What a kind of mapping is called; some FUSE filesystems have no shared writable ones."""
+    return f"map {prot}" if shared or prot != "rw" else "map rw private"
+
+
 def _mapping(s: Session, op: Operation, a: dict[str, Any]) -> Mapping | None:
     mapping = s.model.mappings.get(a["m"])
     return mapping if mapping and mapping.worker == op.worker else None
+
+
+def _remap(s: Session, op: Operation, a: dict[str, Any]) -> bool:
+    mapping = _mapping(s, op, a)
+    if mapping is None:
+        return False
+    result, _ = s.call(op)
+    if result == -errno.EFAULT:  # still several areas (virtual memory areas cannot always merge)
+        return True
+    s.require(op, result, "mremap")
+    mapping.forget(mapping.offset + a["len"], mapping.length)
+    mapping.length = a["len"]
+    return True
 
 
 def _unmap(s: Session, op: Operation, a: dict[str, Any]) -> bool:
@@ -286,7 +331,9 @@ def _unmap(s: Session, op: Operation, a: dict[str, Any]) -> bool:
 
 def _accessible(mapping: Mapping | None, a: dict[str, Any], write: bool) -> Mapping | None:
     """The mapping, if the range lies in it and in the file (for reading, in the last page)."""
-    if mapping is None or a["off"] + a["len"] > mapping.length or (write and not mapping.writable):
+    if mapping is None or mapping.unknown or a["off"] + a["len"] > mapping.length:
+        return None
+    if write and not mapping.writable:
         return None
     end = mapping.inode.size if write else mapping.inode.mapped_end
     return mapping if mapping.offset + a["off"] + a["len"] <= end else None
@@ -312,7 +359,7 @@ def _mread(s: Session, op: Operation, a: dict[str, Any]) -> bool:
     if s.learn(f"mread {a['via']}", result, {errno.EPERM, errno.ENOSYS}):
         return True
     _accessed(s, op, mapping, a, result)
-    s.compare(op, mapping.inode, mapping.offset + a["off"], a["len"], f"mapping, {a['via']}")
+    s.compare_mapped(op, mapping, mapping.offset + a["off"], a["len"], f"mapping, {a['via']}")
     return True
 
 
@@ -322,7 +369,7 @@ def _mwrite(s: Session, op: Operation, a: dict[str, Any]) -> bool:
         return False
     result, _ = s.call(op)
     _accessed(s, op, mapping, a, result)
-    s.wrote(op, mapping.inode, mapping.offset + a["off"], a["len"], a["from"])
+    s.stored(op, mapping, mapping.offset + a["off"], a["len"], a["from"])
     return True
 
 
@@ -333,20 +380,30 @@ def _fork(s: Session, op: Operation, a: dict[str, Any]) -> bool:
     result, _ = s.call(op)
     _accessed(s, op, mapping, a, result)
     place = mapping.offset + a["off"]
+    seen = mapping
     if a["write"]:
-        s.wrote(op, mapping.inode, place, a["len"], a["from"])
-    s.compare(op, mapping.inode, place, a["len"], "mapping, in a forked child")
+        if not mapping.shared:  # the child's own, of which the parent sees nothing
+            seen = copy.deepcopy(mapping, {id(mapping.inode): mapping.inode})
+        s.stored(op, seen, place, a["len"], a["from"])
+    s.compare_mapped(op, seen, place, a["len"], "mapping, in a forked child")
     return True
+
+
+POPULATE = (syscalls.MADV_POPULATE_READ, syscalls.MADV_POPULATE_WRITE)
 
 
 def _madvise(s: Session, op: Operation, a: dict[str, Any]) -> bool:
     mapping = _mapping(s, op, a)
     if mapping is None or a["off"] + a["len"] > mapping.length:
         return False
+    if a["advice"] == syscalls.MADV_POPULATE_WRITE and not mapping.shared:
+        return False  # it would copy every page
     result, _ = s.call(op)
+    if a["advice"] == mmap.MADV_DONTNEED and result == 0:
+        mapping.forget(mapping.offset + a["off"], a["len"])
     if a["count"] and result >= 0:
         s.tally.pmd_mapped(result)
-    if result < 0 and a["advice"] == syscalls.MADV_POPULATE_READ and -result == errno.EFAULT:
+    if -result == errno.EFAULT and a["advice"] in POPULATE:
         if mapping.offset + a["off"] + a["len"] <= mapping.inode.mapped_end:
             _accessed(s, op, mapping, a, result)
     elif result < 0 and -result not in _ADVISORY:
@@ -356,7 +413,7 @@ def _madvise(s: Session, op: Operation, a: dict[str, Any]) -> bool:
 
 def _tail(s: Session, op: Operation, a: dict[str, Any]) -> bool:
     mapping, handle = _mapping(s, op, a), _handle(s, op, a["h"], write=True)
-    if mapping is None or handle is None or not mapping.writable:
+    if mapping is None or handle is None or not mapping.writable or not mapping.shared:
         return False
     inode, start = mapping.inode, mapping.offset + a["off"]
     end = start + a["len"]
@@ -370,13 +427,14 @@ def _tail(s: Session, op: Operation, a: dict[str, Any]) -> bool:
         Write(op.number, inode.number, s.model.name_of(inode), start, a["len"], a["from"])
     )
     inode.truncate(a["size"])  # what was stored is gone: POSIX, mmap: "any partial page is zero"
+    s.model.truncated(inode)
     s.check_size(op, inode, size)
     return True
 
 
 def _probe(s: Session, op: Operation, a: dict[str, Any]) -> bool:
     mapping = _mapping(s, op, a)
-    if mapping is None:
+    if mapping is None or mapping.unknown:
         return False
     inode = mapping.inode
     ends = inode.mapped_end, -(-inode.size // s.limits.beyond_end) * s.limits.beyond_end
@@ -393,14 +451,9 @@ def _probe(s: Session, op: Operation, a: dict[str, Any]) -> bool:
             raise Difference(
                 "no-sigbus", f"a page beyond the end ({inode.size:#x}) can be had", **where
             )
-        if had and arena.memory[i] != inode.memory[place]:
-            raise Difference(
-                "tail" if place >= inode.size else "garbage",
-                "a probed byte differs",
-                expected=f"{inode.memory[place]:02x}",
-                found=f"{arena.memory[i]:02x}",
-                **where,
-            )
+        expected = mapping.content(place, 1)[0]
+        if had and arena.memory[i] != expected:
+            s.differs(inode, place, bytes((expected,)), arena.memory[i : i + 1], "probe")
     return True
 
 
@@ -428,10 +481,56 @@ def _gone(s: Session, name: str) -> None:
         raise Difference("errno", f"{name} is still there", path=name)
 
 
+def _chmod(s: Session, op: Operation, a: dict[str, Any]) -> bool:
+    inode = s.model.names.get(a["path"])
+    if inode is None:
+        return False
+    result, _ = s.call(op)
+    s.require(op, result)
+    inode.mode = a["mode"]
+    if result != inode.mode:
+        raise Difference("mode", f"mode {result:o} after chmod to {inode.mode:o}", path=a["path"])
+    return True
+
+
+def _busy(s: Session, op: Operation, a: dict[str, Any]) -> bool:
+    inode = s.model.names.get(a["path"])
+    if inode is None or all(p.inode is not inode for p in s.model.programs.values()):
+        return False
+    result, _ = s.call(op)
+    for what, error in zip(("open for writing", "truncate"), result, strict=True):
+        if error != errno.ETXTBSY:
+            said = errno_name(error) if error else "possible"
+            text = f"{what} of a running program: {said}, where it must be ETXTBSY"
+            raise Difference("errno", text, path=a["path"])
+    s.check_size(op, inode, inode.size)
+    return True
+
+
+def _clone(s: Session, op: Operation, a: dict[str, Any]) -> bool:
+    inode = s.model.names.get(a["path"])
+    if inode is None or a["path"] == a["path2"]:
+        return False
+    result, size = s.call(op)
+    s.require(op, result)
+    clone = s.model.names.get(a["path2"])
+    if clone is None:
+        clone = s.model.create(a["path2"], s.capacity)
+        clone.mode = 0o755
+    clone.truncate(0)
+    clone.write(0, inode.address, inode.size)
+    clone.truncate(a["size"])
+    s.model.truncated(clone)
+    s.moved(inode, 0, inode.size, clone, 0)
+    s.check_size(op, clone, size)
+    return True
+
+
 def _build(s: Session, op: Operation, a: dict[str, Any]) -> bool:
     result, size = s.call(op)
     s.require(op, result)
     inode = s.model.create(a["path"], s.capacity)
+    inode.mode = 0o755
     body = program.build(s.pool.memory[a["from"] : a["from"] + a["len"]])
     s.wrote(op, inode, 0, a["len"], a["from"])
     inode.memory[: len(body)] = body
@@ -519,8 +618,8 @@ _CHECKS: dict[str, _Check] = {
     function.__name__.strip("_"): function
     for function in (
         _open, _close, _read, _write, _truncate, _fallocate, _copy, _seek, _fsync, _fadvise,
-        _map, _unmap, _mread, _mwrite, _fork, _madvise, _tail, _probe, _rename, _unlink,
-        _build, _exec, _sum, _end, _whole,
+        _map, _remap, _unmap, _mread, _mwrite, _fork, _madvise, _tail, _probe, _rename, _unlink,
+        _chmod, _build, _exec, _sum, _busy, _clone, _end, _whole,
     )
 }  # fmt: skip
 KINDS = tuple(_CHECKS)

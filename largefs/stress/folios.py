@@ -1,8 +1,8 @@
-"""The page cache around an offset of a file; root only.
+"""Large folios, as /proc shows them: how much of a process is PMD-mapped, what holds a byte.
 
-From ``/proc/self/pagemap`` and ``/proc/kpageflags``.
-
-Flag bits: Documentation/admin-guide/mm/pagemap.rst and include/uapi/linux/kernel-page-flags.h.
+The second is for root only: it comes from ``/proc/self/pagemap`` and ``/proc/kpageflags``, whose
+flag bits are in Documentation/admin-guide/mm/pagemap.rst and
+include/uapi/linux/kernel-page-flags.h.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 
+from largefs.hugetext import mappings
 from largefs.stress import syscalls
 from largefs.stress.syscalls import PAGE, PMD
 
@@ -25,6 +26,29 @@ _FLAGS = {
     22: "thp",
 }
 _HEAD, _TAIL = 1 << 15, 1 << 16
+
+
+def pmd_mapped(pid: int | str = "self") -> int:
+    """Bytes of files and shmem that PMD entries map in a process (``/proc/PID/smaps_rollup``)."""
+    total = 0
+    try:
+        with open(f"/proc/{pid}/smaps_rollup", "rb") as rollup:
+            for line in rollup:
+                if line.startswith((b"FilePmdMapped:", b"ShmemPmdMapped:")):
+                    total += int(line.split()[1]) << 10
+    except OSError:
+        return 0
+    return total
+
+
+def pmd_blocks(pagemap: int, address: int, length: int, offset: int) -> set[int]:
+    """2 MiB blocks of the file that PMD entries map in a mapping of it; none before Linux 6.7.
+
+    ``pagemap`` is a descriptor of the process's /proc/PID/pagemap.
+    """
+    inside = range(-(-address // PMD) * PMD, (address + length) // PMD * PMD, PMD)
+    blocks = mappings.present_blocks(pagemap, inside)
+    return {(block.address - address + offset) // PMD for block in blocks if block.pmd}
 
 
 def around(fd: int, offset: int) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from largefs.stress import program, syscalls
-from largefs.stress.checks import mode_name
+from largefs.stress.checks import POPULATE, map_name, mode_name
 from largefs.stress.model import Handle, Mapping, Model
 from largefs.stress.session import CannotRunError, Limits, Operation, Tally
 from largefs.stress.syscalls import PAGE, PMD
@@ -37,6 +37,7 @@ FALLOCATE_MODES = (
 _ADVICE = (
     mmap.MADV_HUGEPAGE,
     mmap.MADV_HUGEPAGE,
+    mmap.MADV_NOHUGEPAGE,
     syscalls.MADV_COLLAPSE,
     syscalls.MADV_PAGEOUT,
     mmap.MADV_DONTNEED,
@@ -58,31 +59,46 @@ _WEIGHTS = {
     "open": 12,
     "close": 9,
     "map": 18,
+    "remap": 5,
     "unmap": 8,
     "madvise": 16,
     "fork": 4,
     "tail": 12,
     "rename": 3,
     "unlink": 2,
-    "huge": 6,
+    "chmod": 2,
+    "huge": 8,
     "run": 2,
     "sum": 2,
+    "busy": 2,
+    "clone": 1,
     "end": 2,
 }  # fmt: skip
 
 
-_FLAGS = {"append": os.O_APPEND, "o-trunc": os.O_TRUNC}
+_OF_PROGRAMS = ("run", "sum", "busy", "clone", "end")
+_FLAGS = {"append": os.O_APPEND, "o-trunc": os.O_TRUNC, "o-direct": os.O_DIRECT}
 MODE_NAMES = tuple(sorted({mode_name(mode) for mode in FALLOCATE_MODES}))
 
 
 def choices() -> tuple[str, ...]:
     """The names that ``--skip`` takes: operations, modes of fallocate, flags of open."""
-    return (*sorted(_WEIGHTS), *MODE_NAMES, *_FLAGS, "race")
+    return (*sorted(_WEIGHTS), *MODE_NAMES, *_FLAGS, "race", "programs")
 
 
 def source_of(number: int, length: int) -> int:
-    """Where in the pool the data of a write begins: spread so that no two writes look alike."""
-    return (number * 0x9E3779B97F4A7C15 >> 7) % (POOL - length)
+    """Where in the pool the data of a write begins: spread so that no two writes look alike.
+
+    Whole pages come from whole pages, as O_DIRECT wants its memory aligned.
+    """
+    source = (number * 0x9E3779B97F4A7C15 >> 7) % (POOL - length)
+    return source if length % PAGE else source // PAGE * PAGE
+
+
+def _aligned(offset: int, length: int) -> tuple[int, int]:
+    """The whole pages around a range, as O_DIRECT wants them."""
+    start = offset // PAGE * PAGE
+    return start, -(-(offset + length) // PAGE) * PAGE - start
 
 
 class Generator:
@@ -101,7 +117,7 @@ class Generator:
         self._waiting: list[Operation] = []
         weights = {k: v for k, v in _WEIGHTS.items() if k not in skip}
         if not program.supported() or "exec" in tally.unsupported:
-            weights = {k: v for k, v in weights.items() if k not in ("run", "sum", "end")}
+            weights = {k: v for k, v in weights.items() if k not in _OF_PROGRAMS}
         self._skip = skip
         self._kinds, self._weights = list(weights), list(weights.values())
         if not weights:
@@ -142,9 +158,20 @@ class Generator:
         self._waiting.append(self._make(kind, index, **arguments))
         return self._made
 
+    def _emit_read(self, number: int, handle: Handle, offset: int, length: int, via: str) -> None:
+        if handle.direct:
+            (offset, length), via = _aligned(offset, length), "pread"
+        self._emit("read", handle.worker, h=number, off=offset, len=length, via=via)
+
     def _emit_write(self, kind: str, index: int, length: int, **arguments: Any) -> None:
         source = source_of(self._made + 1, length)
         self._emit(kind, index, len=length, **arguments, **{"from": source})
+
+    def _way(self, kind: str, ways: tuple[str, ...]) -> str:
+        """One of the ways to read or write that the filesystem has."""
+        return self._random.choice(
+            [via for via in ways if f"{kind} {via}" not in self._tally.unsupported]
+        )
 
     def _worker(self) -> int:
         return self._random.randrange(self._limits.workers)
@@ -211,8 +238,8 @@ class Generator:
             number, handle = found
             size = handle.inode.size
             offset, length = self._range(size, min(size + PAGE, self._limits.max_size))
-            via = self._random.choice(("pread", "pread", "preadv"))
-            self._emit("read", handle.worker, h=number, off=offset, len=length, via=via)
+            via = self._way("read", ("pread",) * 6 + ("preadv",) * 2 + ("sendfile", "splice"))
+            self._emit_read(number, handle, offset, length, via)
 
     def _write(self) -> None:
         if found := self._handle(lambda h: h.writable):
@@ -225,7 +252,10 @@ class Generator:
                 return
             grow = self._random.random() < 0.3
             offset, length = self._range(size, most if grow or not size else size)
-            self._emit_write("write", handle.worker, length, h=number, off=offset, via="pwrite")
+            via = self._way("write", ("pwrite",) * 7 + ("pwritev", "pwritev", "splice"))
+            if handle.direct:
+                (offset, length), via = _aligned(offset, length), "pwrite"
+            self._emit_write("write", handle.worker, length, h=number, off=offset, via=via)
 
     def _truncate(self) -> None:
         if found := self._handle(lambda h: h.writable):
@@ -245,14 +275,7 @@ class Generator:
                 grown = min(most, size + self._random.choice((1, PAGE, PMD)))
                 at = max(0, size - PAGE)
                 self._emit("truncate", handle.worker, h=number, size=grown)
-                self._emit(
-                    "read",
-                    handle.worker,
-                    h=number,
-                    off=at,
-                    len=min(2 * PAGE, grown - at),
-                    via="pread",
-                )
+                self._emit_read(number, handle, at, min(2 * PAGE, grown - at), "pread")
 
     def _fallocate(self) -> None:
         modes = [
@@ -278,9 +301,9 @@ class Generator:
     def _copy(self) -> None:
         if "copy_file_range" in self._tally.unsupported:
             return
-        source = self._handle()
+        source = self._handle(lambda h: not h.direct)
         target = source and self._handle(
-            lambda h: h.writable and not h.append and h.worker == source[1].worker
+            lambda h: h.writable and not h.append and not h.direct and h.worker == source[1].worker
         )
         if source and target:
             offset, length = self._range(source[1].inode.size, max(1, source[1].inode.size))
@@ -321,10 +344,11 @@ class Generator:
                     os.O_RDWR | os.O_CREAT,
                     os.O_RDWR | os.O_CREAT | os.O_TRUNC,
                     os.O_RDWR | os.O_CREAT | os.O_APPEND,
+                    os.O_RDWR | os.O_CREAT | os.O_DIRECT,
                 )
             )
-            for name, flag in _FLAGS.items():
-                if name in self._skip:
+            for option, flag in _FLAGS.items():
+                if option in self._skip or option in self._tally.unsupported:
                     flags &= ~flag
         mine = sum(h.worker == index for h in self._model.handles.values())
         if mine < 3 * len(self._names) + 2:
@@ -347,16 +371,16 @@ class Generator:
             self._unmap()
             return None
         number, handle = found
-        prots = ["r", "rx"] + (["rw", "rw", "rw"] if handle.writable else [])
-        prots = [p for p in prots if f"map {p}" not in self._tally.unsupported]
-        if not prots:
+        kinds = [("r", True), ("r", False), ("rx", True), ("rx", False), ("rw", False)]
+        kinds += [("rw", True)] * 4 if handle.writable else []
+        kinds = [k for k in kinds if map_name(*k) not in self._tally.unsupported]
+        if not kinds:
             return None
         offset = PMD * self._random.choice((0, 0, 0, 1)) + PAGE * self._random.choice((0, 0, 0, 1))
         # mappings reach beyond the end: the file may grow, and what is beyond must give SIGBUS
         end = self._random.choice((self._limits.max_size, self._limits.max_size, handle.inode.size))
         length = -(-max(PMD, end - offset) // PAGE) * PAGE
-        prot = self._random.choice(prots)
-        shared = prot == "rw" or self._random.random() < 0.6
+        prot, shared = self._random.choice(kinds)
         if huge is None:
             huge = self._random.random() < 0.5
         mapping = self._emit(
@@ -364,6 +388,16 @@ class Generator:
             m=self._made + 1, h=number, off=offset, len=length, prot=prot, shared=shared, huge=huge,
         )  # fmt: skip
         return mapping, handle.worker, number
+
+    def _remap(self) -> None:
+        if found := self._mapping():
+            number, mapping = found
+            most = self._limits.max_size - mapping.offset
+            length = mapping.length
+            if self._random.random() < 0.6:
+                length = -(-max(1, self._offset(mapping.length, most)) // PAGE) * PAGE
+            huge = self._random.random() < 0.5
+            self._emit("remap", mapping.worker, m=number, len=length, huge=huge)
 
     def _unmap(self) -> None:
         if found := self._mapping():
@@ -378,7 +412,7 @@ class Generator:
         return offset, min(length, most - offset)
 
     def _mread(self) -> None:
-        found = self._mapping(lambda m: m.inode.mapped_end > m.offset)
+        found = self._mapping(lambda m: m.inode.mapped_end > m.offset and not m.unknown)
         if found is None:
             self._map()
             return
@@ -428,7 +462,7 @@ class Generator:
             offset = self._random.randint(0, mapping.length // PMD) * PMD
             length = min(PMD * self._random.randint(1, 3), mapping.length - offset)
             if length > 0:
-                advice = self._random.choice((*_ADVICE, syscalls.MADV_POPULATE_READ))
+                advice = self._random.choice((*_ADVICE, *POPULATE))
                 self._emit(
                     "madvise", mapping.worker,
                     m=number, off=offset, len=length, advice=advice, count=False,
@@ -449,6 +483,7 @@ class Generator:
         found = self._mapping(
             lambda m: (
                 m.writable
+                and m.shared
                 and m.offset < m.inode.size < min(m.inode.mapped_end, m.offset + m.length)
             )
         )
@@ -471,7 +506,7 @@ class Generator:
             length = min(size - start, PAGE)
             for via in ("pread", "load"):
                 if via == "pread":
-                    self._emit("read", mapping.worker, h=handle[0], off=start, len=length, via=via)
+                    self._emit_read(*handle, start, length, via)
                 elif start >= mapping.offset and start + length <= mapping.offset + mapping.length:
                     self._emit(
                         "mread", mapping.worker,
@@ -493,6 +528,22 @@ class Generator:
                 "madvise", index,
                 m=mapping, off=0, len=length, advice=syscalls.MADV_POPULATE_READ, count=True,
             )  # fmt: skip
+            if self._model.handles[handle].writable and self._random.random() < 0.5:
+                self._cut_huge(handle, a["off"], length)
+
+    def _cut_huge(self, handle: int, start: int, length: int) -> None:
+        """Cut or punch a block that may be on a 2 MiB page now, somewhere in its middle."""
+        owner = self._model.handles[handle]
+        at = start + self._random.randrange(length)
+        if self._random.random() < 0.6:
+            self._emit("truncate", owner.worker, h=handle, size=at)
+            self._emit("truncate", owner.worker, h=handle, size=min(at + PMD, start + length))
+        elif "fallocate punch-hole+keep-size" not in self._tally.unsupported:
+            mode = syscalls.PUNCH_HOLE | syscalls.KEEP_SIZE
+            self._emit(
+                "fallocate", owner.worker,
+                h=handle, mode=mode, off=at, len=self._random.choice((1, PAGE, 16 * PAGE)),
+            )  # fmt: skip
 
     # -- names and programs ------------------------------------------------------------------------
 
@@ -503,6 +554,26 @@ class Generator:
 
     def _unlink(self) -> None:
         self._emit("unlink", self._worker(), path=self._random.choice(self._names))
+
+    def _chmod(self) -> None:
+        path, mode = self._random.choice((*self._names, *self._programs)), 0o755
+        if path in self._names:
+            mode = self._random.choice((0o644, 0o600, 0o666, 0o755))
+        elif self._random.random() < 0.5:
+            mode = self._random.choice((0o700, 0o711, 0o4755))
+        self._emit("chmod", self._worker(), path=path, mode=mode)
+
+    def _busy(self) -> None:
+        running = {id(p.inode) for p in self._model.programs.values()}
+        names = [n for n in self._programs if id(self._model.names.get(n)) in running]
+        if names:
+            self._emit("busy", self._worker(), path=self._random.choice(names))
+
+    def _clone(self) -> None:
+        path = self._random.choice(self._programs)
+        if inode := self._model.names.get(path):
+            size = self._offset(inode.size, inode.size)
+            self._emit("clone", self._worker(), path=path, path2="clone", size=size)
 
     def _run(self) -> None:
         path, index = self._random.choice(self._programs), self._worker()

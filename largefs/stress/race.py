@@ -16,22 +16,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import faulthandler
-import json
 import mmap
 import os
 import random
-import signal
 import struct
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
 
-from largefs.stress import syscalls
+from largefs.hugetext import mappings
+from largefs.stress import folios, syscalls
+from largefs.stress.processes import Role, play
 from largefs.stress.report import Difference
-from largefs.stress.session import CannotRunError
+from largefs.stress.session import HUGE, LOOKS, CannotRunError, pmd_taken
 from largefs.stress.syscalls import PMD, Arena
 
 BLOCK = 4096
@@ -40,6 +38,12 @@ _TOTAL = 4 * PMD // BLOCK
 _RUN = 8  # blocks that lie together and have one owner
 _TRUNCATER = 15
 _ZEROS = bytes(BLOCK)
+# text is mapped as the kernel's loader does it: private, and never written
+_PROTECTIONS = {
+    "rw": (3, mmap.MAP_SHARED),
+    "r": (1, mmap.MAP_SHARED),
+    "rx": (5, mmap.MAP_PRIVATE),
+}
 
 
 @dataclass
@@ -126,7 +130,7 @@ def _name(word: int, block: int, owner: int, low: int, high: int) -> tuple[str, 
 class _Player:
     """What a process of the race has: the file, open and mapped, an arena, a random source."""
 
-    def __init__(self, shared: _Shared, seed: str, until: float) -> None:
+    def __init__(self, shared: _Shared, seed: str, until: float, prot: str = "rw") -> None:
         self.shared = shared
         self.random = random.Random(seed)  # noqa: S311
         self.until = until
@@ -134,15 +138,15 @@ class _Player:
         self.fd = os.open(shared.path, os.O_RDWR)
         self.arena = Arena(_TOTAL * BLOCK)
         self.address = 0
-        prot = 3
-        if "map rw" not in shared.absent:
-            self.address = self._map(prot)
-        elif "map r" not in shared.absent:
-            self.address = self._map(1)
-        self.writable = bool(self.address) and "map rw" not in shared.absent
+        self.writable = prot == "rw" and "map rw" not in shared.absent
+        self.pagemap = mappings.open_pagemap("self")
+        for possible in (prot, "r"):
+            if not self.address and f"map {possible}" not in shared.absent:
+                self.address = self._map(possible)
 
-    def _map(self, prot: int) -> int:
-        address = syscalls.map_file(self.fd, _TOTAL * BLOCK, prot, mmap.MAP_SHARED, 0)
+    def _map(self, prot: str) -> int:
+        bits, flags = _PROTECTIONS[prot]
+        address = syscalls.map_file(self.fd, _TOTAL * BLOCK, bits, flags, 0)
         if self.random.random() < 0.5:
             with contextlib.suppress(OSError):
                 syscalls.madvise(address, _TOTAL * BLOCK, mmap.MADV_HUGEPAGE)
@@ -150,6 +154,15 @@ class _Player:
 
     def going(self) -> bool:
         return time.monotonic() < self.until
+
+    def pmd_blocks(self) -> set[int]:
+        """The file's 2 MiB blocks that this process has PMD-mapped."""
+        if not self.address:
+            return set()
+        found = folios.pmd_blocks(self.pagemap, self.address, _TOTAL * BLOCK, 0)
+        self.count[LOOKS] += 1
+        self.count[HUGE] += bool(found)
+        return found
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -268,8 +281,12 @@ def _cut(player: _Player, shared: _Shared, fd: int, cut: int, inside: int) -> No
         done = shared.done(block)[0]
         events[block] = done + 1 + done % 2  # the next odd one
         shared.start(block, events[block])
+    huge = player.pmd_blocks()
     for size in (cut * BLOCK + inside, _TOTAL * BLOCK):
         os.ftruncate(fd, size)
+        if size < _TOTAL * BLOCK:
+            lost = huge - player.pmd_blocks()
+            player.count += pmd_taken("race truncate", lost, size, _TOTAL * BLOCK)
         seen = os.fstat(fd).st_size
         if seen != size:
             raise player.difference(
@@ -297,6 +314,8 @@ def _reader(player: _Player, _: int) -> None:
         count = player.random.choice((1, 1, 4, 16, 64, 512))
         block = player.random.randrange(_TOTAL - count + 1)
         player.verify(block, count, player.way(block, count))
+        if player.random.random() < 0.02:
+            player.pmd_blocks()
 
 
 def _adviser(player: _Player, _: int) -> None:
@@ -331,11 +350,25 @@ def run(
         raise CannotRunError(f"{path}: {error.strerror}") from error
     events = mmap.mmap(-1, 2 * 8 * _TOTAL)
     shared = _Shared(path, events, 2, _absent(fd) | ({"punch"} if "fallocate" in skip else set()))
-    roles: list[tuple[Callable[[_Player, int], None], int]] = [
-        (_writer, 0), (_writer, 1), (_truncater, 0), (_reader, 0), (_reader, 1), (_adviser, 0),
-    ]  # fmt: skip
+
+    def role(act: Callable[[_Player, int], None], index: int, prot: str) -> Role:
+        def part(number: str, until: float) -> Counter[str]:
+            player = _Player(shared, f"{seed}-{number}", until, prot)
+            act(player, index)
+            return player.count
+
+        return part
+
+    roles = [
+        ("writer", role(_writer, 0, "rw")),
+        ("writer", role(_writer, 1, "rw")),
+        ("truncater", role(_truncater, 0, "rw")),
+        ("reader", role(_reader, 0, "rw")),
+        ("reader of text", role(_reader, 1, "rx")),
+        ("adviser", role(_adviser, 0, "rw")),
+    ]
     try:
-        count = _play(shared, roles, seed, seconds, timeout)
+        count = play(roles, seconds, timeout)
         _verify_all(shared, seed)
         return count
     finally:
@@ -354,13 +387,13 @@ def _absent(fd: int) -> frozenset[str]:
         if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
             raise
         absent.add("punch")
-    for name, prot in (("map rw", 3), ("map r", 1)):
+    for prot, (bits, flags) in _PROTECTIONS.items():
         try:
-            syscalls.unmap(syscalls.map_file(fd, BLOCK, prot, mmap.MAP_SHARED, 0), BLOCK)
+            syscalls.unmap(syscalls.map_file(fd, BLOCK, bits, flags, 0), BLOCK)
         except OSError as error:
-            if error.errno != errno.ENODEV:
+            if error.errno not in (errno.ENODEV, errno.EPERM, errno.EACCES):  # or mounted noexec
                 raise
-            absent.add(name)
+            absent.add(f"map {prot}")
     return frozenset(absent)
 
 
@@ -381,96 +414,5 @@ def _verify_all(shared: _Shared, seed: str) -> None:
         if player.address:
             syscalls.unmap(player.address, _TOTAL * BLOCK)
         os.close(player.fd)
+        os.close(player.pagemap)
         player.arena.close()
-
-
-def _play(
-    shared: _Shared,
-    roles: list[tuple[Callable[[_Player, int], None], int]],
-    seed: str,
-    seconds: float,
-    timeout: float,
-) -> Counter[str]:
-    until = time.monotonic() + seconds
-    children: list[tuple[int, int, str]] = []
-    for number, (role, index) in enumerate(roles):
-        back, to = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.close(back)
-            _child(shared, role, index, f"{seed}-{number}", until, to)
-        os.close(to)
-        children.append((pid, back, role.__name__.strip("_")))
-    total: Counter[str] = Counter()
-    problems: list[Exception] = []
-    deadline = until + timeout
-    try:
-        for pid, back, name in children:
-            code, answer = _wait(pid, back, deadline)
-            if code is None:
-                problems.append(
-                    Difference("hang", f"race: the {name} did not end in {timeout:g} seconds")
-                )
-            elif code == -signal.SIGBUS:
-                problems.append(
-                    Difference(
-                        "sigbus", f"race: the {name} got SIGBUS in the part that is never cut off"
-                    )
-                )
-            elif code == 1 and "kind" in answer:
-                problems.append(Difference(**cast(Any, answer)))
-            elif code:
-                problems.append(CannotRunError(f"the {name} of a race failed (exit code {code})"))
-            else:
-                total.update(answer)
-    finally:
-        for pid, back, _ in children:
-            os.close(back)
-            with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                if os.waitpid(pid, os.WNOHANG) == (0, 0):
-                    os.kill(pid, signal.SIGKILL)
-                    os.waitpid(pid, 0)
-    if problems:
-        raise min(problems, key=lambda p: isinstance(p, CannotRunError))
-    return total
-
-
-def _wait(pid: int, back: int, deadline: float) -> tuple[int | None, dict[str, object]]:
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            answer = os.read(back, 1 << 16)
-            return os.waitstatus_to_exitcode(status), json.loads(answer or b"{}")
-        if time.monotonic() > deadline:
-            return None, {}
-        time.sleep(0.01)
-
-
-def _child(
-    shared: _Shared,
-    role: Callable[[_Player, int], None],
-    index: int,
-    seed: str,
-    until: float,
-    to: int,
-) -> None:
-    code, answer = 2, {}
-    try:
-        faulthandler.disable()  # a death by SIGBUS is for the parent to tell
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        player = _Player(shared, seed, until)
-        role(player, index)
-        code, answer = 0, dict(player.count)
-    except Difference as difference:
-        code, answer = 1, difference.as_dict()
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            code = 2
-        else:
-            code, answer = (
-                1,
-                Difference("errno", f"race, {role.__name__.strip('_')}: {error}").as_dict(),
-            )
-    finally:
-        os.write(to, json.dumps(answer).encode())
-        os._exit(code)

@@ -8,7 +8,7 @@ and duration.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,28 @@ _FORMAT = 1
 
 
 @dataclass
+class Race:
+    """What is to be run again where there are no operations: ``race`` or ``programs``."""
+
+    kind: str
+    seed: str
+    seconds: float
+
+
+@dataclass
 class Replay:
-    """A replay file's content; ``race``: its seed and seconds, if there are no operations."""
+    """A replay file's content."""
 
     header: dict[str, Any]
     operations: list[Operation]
-    race: tuple[str, float] | None = None
+    race: Race | None = None
 
 
 def save(path: Path, replay: Replay) -> None:
     """Write the file."""
     header: dict[str, Any] = {"largefs-stress": _FORMAT, **replay.header}
     if replay.race:
-        header["race"] = {"seed": replay.race[0], "seconds": replay.race[1]}
+        header["race"] = asdict(replay.race)
     with path.open("w") as out:
         for line in [header, *(op.as_dict() for op in replay.operations)]:
             out.write(json.dumps(line) + "\n")
@@ -45,14 +54,14 @@ def load(path: Path) -> Replay:
         if header["largefs-stress"] != _FORMAT:
             raise CannotRunError(f"{path}: a replay file of another version of largefs")
         header["limits"], header["seed"]
-        race = header.get("race")
+        race = Race(**header["race"]) if "race" in header else None
         operations = [Operation.from_dict(line) for line in lines[1:]]
         for op in operations:
             if op.kind not in KINDS:
                 raise CannotRunError(f"{path}: there is no operation '{op.kind}'")
             if not 0 <= op.worker < header["limits"]["workers"]:
                 raise CannotRunError(f"{path}: operation {op.number} names worker {op.worker}")
-        return Replay(header, operations, (race["seed"], race["seconds"]) if race else None)
+        return Replay(header, operations, race)
     except OSError as error:
         raise CannotRunError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:

@@ -9,6 +9,7 @@ The classes (docs/stress.md tells what each one means for a filesystem):
 ``tail``         something else than zeros between the end of the file and the end of its last page
 ``short``        fewer (or more) bytes than the file has there
 ``size``         a wrong size
+``mode``         other permissions than were set
 ``hole``         SEEK_HOLE names a hole where there is data, or the walk makes no sense
 ``sigbus``       a page inside the file cannot be had
 ``no-sigbus``    a page wholly beyond the end can be had

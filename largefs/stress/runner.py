@@ -15,15 +15,16 @@ import random
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import largefs
-from largefs.stress import checks, race
+from largefs.stress import checks, program_race, race
 from largefs.stress.generator import MODE_NAMES, POOL, Generator
-from largefs.stress.replay import Replay, load, save
+from largefs.stress.replay import Race, Replay, load, save
 from largefs.stress.report import Difference
 from largefs.stress.session import CannotRunError, Limits, Operation, Session, Tally
 from largefs.stress.shrink import shrink
@@ -32,6 +33,8 @@ from largefs.stress.syscalls import PAGE, PMD, Arena
 _ROUND = 1000  # operations between comparisons of all files
 _SESSION = 5 * _ROUND
 _RACE_TRIES = 5  # a race is not deterministic: how often a replay tries
+_RACES = ("race", "programs")
+MODES = ("all", "oracle", *_RACES)
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,17 @@ class Plan:
     directory: Path
     seed: int
     seconds: float = 60.0
+    mode: str = "all"  # of MODES
     operations: int | None = None
     files: int = 3
     workers: int = 2
     max_size: int = 9 << 20
     timeout: float = 120.0
-    race_seconds: float = 2.0  # after each session; 0 for none
+    race_seconds: float = 2.0  # for each race after each session; 0 for none
     shrink_seconds: float = 60.0
     skip: frozenset[str] = frozenset()
     save_to: Path = Path()
+    log: Path | None = None
 
 
 @dataclass
@@ -60,10 +65,11 @@ class Result:
     environment: dict[str, str]
     tally: Tally
     operations: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # until the end, or until the difference showed
     busy_seconds: float = 0.0  # in sessions, races left out
     difference: Difference | None = None
     replay: Path | None = None
+    sequence: list[str] = field(default_factory=list)  # the operations that show the difference
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -83,6 +89,7 @@ class Result:
                 "most_bytes": self.tally.pmd_most,
                 "looked": self.tally.pmd_samples,
                 "seen": self.tally.pmd_hits,
+                "taken": dict(self.tally.pmd_taken),
             },
             "difference": self.difference.as_dict() if self.difference else None,
             "replay": str(self.replay) if self.replay else None,
@@ -155,16 +162,39 @@ def run(plan: Plan, progress: Callable[[str], None]) -> Result:
             return result.operations >= plan.operations
         return result.seconds >= plan.seconds
 
-    with _scratch(plan) as root:
+    if plan.mode in _RACES and not plan.race_seconds:
+        raise CannotRunError("a race of --race 0 seconds leaves nothing to do")
+    with _scratch(plan) as root, _log(plan) as log:
         number = 0
         while result.difference is None and (number == 0 or not over()):
-            _one_session(plan, result, limits, pool, root, number, over, progress)
-            if result.difference is None and plan.race_seconds and "race" not in plan.skip:
-                _one_race(plan, result, root, f"{plan.seed}-{number}")
+            if plan.mode in ("all", "oracle"):
+                _one_session(plan, result, limits, pool, root, number, over, progress, log)
+            for kind in _RACES:
+                if result.difference is None and _wants(plan, kind):
+                    progress(_so_far(plan, result) + f", {kind}")
+                    _one_race(plan, result, root, kind, f"{plan.seed}-{number}")
+                    over()
             number += 1
-        over()
     pool.close()
     return result
+
+
+def _wants(plan: Plan, race: str) -> bool:
+    return plan.mode in ("all", race) and plan.race_seconds > 0 and race not in plan.skip
+
+
+@contextlib.contextmanager
+def _log(plan: Plan) -> Iterator[Callable[[str], object]]:
+    """A function that writes a line to the log, if there is one."""
+    if plan.log is None:
+        yield lambda _: None
+        return
+    try:
+        out = plan.log.open("w")
+    except OSError as error:
+        raise CannotRunError(f"{plan.log}: {error.strerror}") from error
+    with out:
+        yield lambda line: print(line, file=out)
 
 
 def _one_session(
@@ -176,8 +206,10 @@ def _one_session(
     number: int,
     over: Callable[[], bool],
     progress: Callable[[str], None],
+    log: Callable[[str], object],
 ) -> None:
     done: list[Operation] = []
+    log(f"session {number}")
     began = time.monotonic()
     with Session(f"{root}/session{number}", pool, limits, result.tally) as session:
         generator = Generator(
@@ -186,7 +218,12 @@ def _one_session(
 
         def perform(op: Operation) -> None:
             done.append(op)
-            checks.perform(session, op)
+            try:
+                was_done = checks.perform(session, op)
+            except Difference as difference:
+                log(f"{op}: {difference}")
+                raise
+            log(f"{op}" if was_done else f"{op}: left out")
 
         try:
             for count, op in enumerate(generator, 1):
@@ -255,6 +292,7 @@ def _save(plan: Plan, result: Result, limits: Limits, replay: Replay) -> None:
         "difference": result.difference.as_dict(),
         **replay.header,
     }
+    result.sequence = [str(op) for op in replay.operations]
     result.replay = plan.save_to
     if plan.save_to.is_dir():
         result.replay = plan.save_to / f"largefs-stress-{result.seed}.jsonl"
@@ -277,14 +315,20 @@ def _play(
     return None
 
 
-def _one_race(plan: Plan, result: Result, root: str, seed: str) -> None:
+def _one_race(plan: Plan, result: Result, root: str, kind: str, seed: str) -> None:
     seconds = plan.race_seconds
     try:
-        result.tally.operations += race.run(root, seed, seconds, plan.timeout, plan.skip)
+        result.tally.add_race(_race(plan, root, kind, seed, seconds))
     except Difference as difference:
         result.difference = difference
         limits = _limits(plan, result.environment)
-        _save(plan, result, limits, Replay({}, [], (seed, seconds)))
+        _save(plan, result, limits, Replay({}, [], Race(kind, seed, seconds)))
+
+
+def _race(plan: Plan, root: str, kind: str, seed: str, seconds: float) -> Counter[str]:
+    if kind == "programs":
+        return program_race.run(root, seed, seconds, plan.timeout)
+    return race.run(root, seed, seconds, plan.timeout, plan.skip)
 
 
 def replay(plan: Plan, path: Path) -> Result:
@@ -299,12 +343,12 @@ def replay(plan: Plan, path: Path) -> Result:
     start = time.monotonic()
     with _scratch(plan) as root:
         if recorded.race:
-            seed, seconds = recorded.race
+            again = recorded.race
             for _ in range(_RACE_TRIES):
                 try:
-                    counts = race.run(root, seed, seconds, plan.timeout, plan.skip)
-                    result.tally.operations += counts
+                    counts = _race(plan, root, again.kind, again.seed, again.seconds)
                     result.operations += counts.total()
+                    result.tally.add_race(counts)
                 except Difference as difference:
                     result.difference = difference
                     break

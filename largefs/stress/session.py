@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import marshal
+import mmap
 import os
 import shutil
 import signal
@@ -16,19 +17,24 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from largefs.stress import worker
-from largefs.stress.model import Inode, Model
+from largefs.stress.model import Inode, Mapping, Model
 from largefs.stress.report import Difference, Write, explain
-from largefs.stress.syscalls import PAGE, PMD, Arena, first_difference
+from largefs.stress.syscalls import PAGE, PMD, Arena, address_of, first_difference
 
+_PRIVATE = -1  # in place of an inode's number: what was written went to no file
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
-def _errno_name(number: int) -> str:
+def errno_name(number: int) -> str:
+    """The errno's name, as in errno(3)."""
     # Python's table has the other name of 95 last
     return "EOPNOTSUPP" if number == errno.EOPNOTSUPP else errno.errorcode.get(number, str(number))
+
+
+_IN_BYTES = {"off", "off2", "len", "size", "from", "flags"}
 
 
 class CannotRunError(Exception):
@@ -43,6 +49,14 @@ class Operation:
     kind: str
     worker: int
     arguments: dict[str, Any]
+
+    def __str__(self) -> str:
+        """One line for a person; offsets and lengths in hexadecimal."""
+        said = [f"{self.number:6} worker {self.worker}: {self.kind}"]
+        for name, value in self.arguments.items():
+            hexadecimal = isinstance(value, int) and name in _IN_BYTES
+            said.append(f"{name}={value:#x}" if hexadecimal else f"{name}={value}")
+        return " ".join(said)
 
     def as_dict(self) -> dict[str, Any]:
         """One line of a replay file."""
@@ -75,6 +89,7 @@ class Tally:
     unsupported: dict[str, str] = field(default_factory=dict)
     bytes_compared: int = 0
     short_writes: int = 0
+    pmd_taken: Counter[str] = field(default_factory=Counter)
     pmd_most: int = 0
     pmd_samples: int = 0
     pmd_hits: int = 0
@@ -84,6 +99,28 @@ class Tally:
         self.pmd_samples += 1
         self.pmd_hits += count > 0
         self.pmd_most = max(self.pmd_most, count)
+
+    def add_race(self, counts: Counter[str]) -> None:
+        """Add what a race did; with ``LOOKS`` and ``HUGE``, and 2 MiB pages taken, in its counts."""
+        self.pmd_samples += counts.pop(LOOKS, 0)
+        self.pmd_hits += counts.pop(HUGE, 0)
+        for name, count in counts.items():
+            (self.pmd_taken if ": " in name else self.operations)[name] += count
+
+
+LOOKS, HUGE = "looks", "looks that saw a PMD mapping"
+
+
+def pmd_taken(what: str, blocks: Iterable[int], start: int, end: int) -> Counter[str]:
+    """Names for the 2 MiB pages that a change of [start, end) took from mappings, and how many.
+
+    One that lies only partly in the range was split; one that lies in it wholly was removed.
+    """
+    taken: Counter[str] = Counter()
+    for block in blocks:
+        inside = start <= block * PMD and (block + 1) * PMD <= end
+        taken[f"{what}: {'removed' if inside else 'split'}"] += 1
+    return taken
 
 
 @dataclass
@@ -139,10 +176,26 @@ class Session:
 
     def call(self, op: Operation, **more: object) -> tuple[Any, int]:
         """Have the operation's worker do it; its answer, as ``worker`` describes it."""
+        result, size, _ = self._ask(op, {**op.arguments, **more})
+        return result, size
+
+    def call_to_change(
+        self, op: Operation, inode: Inode, start: int, end: int, name: str
+    ) -> tuple[Any, int]:
+        """The same for what changes [start, end) of a file; counts 2 MiB pages that it split."""
+        mine = [
+            number
+            for number, mapping in self.model.mappings.items()
+            if mapping.inode is inode and mapping.worker == op.worker
+        ]
+        result, size, lost = self._ask(op, {**op.arguments, "watch": mine})
+        self.tally.pmd_taken += pmd_taken(name, (block for _, block in lost), start, end)
+        return result, size
+
+    def _ask(self, op: Operation, arguments: dict[str, Any]) -> tuple[Any, int, list[Any]]:
         process = self._workers[op.worker]
-        request = marshal.dumps((op.kind, {**op.arguments, **more}))
         try:
-            process.connection.send(request)
+            process.connection.send(marshal.dumps((op.kind, arguments)))
             answer = process.connection.recv(1 << 18)
         except TimeoutError:
             raise self._hung(op, process) from None
@@ -150,14 +203,14 @@ class Session:
             answer = b""
         if not answer:
             raise _died(op, process)
-        result, size = marshal.loads(answer)  # noqa: S302  from our own child
+        result, size, lost = marshal.loads(answer)  # noqa: S302  from our own child
         if isinstance(result, int) and result < 0:
-            self.tally.errors[f"{op.kind} {_errno_name(-result)}"] += 1
+            self.tally.errors[f"{op.kind} {errno_name(-result)}"] += 1
             if -result in _FULL:
                 raise CannotRunError(
                     f"{self.root}: {os.strerror(-result)}: make room, or lower --max-size"
                 )
-        return result, size
+        return result, size, lost
 
     def _hung(self, op: Operation, process: _Process) -> Difference:
         where = "its stack is not visible"
@@ -178,13 +231,13 @@ class Session:
     def require(self, op: Operation, result: object, what: str = "") -> None:
         """A failure where there must be none is a difference."""
         if isinstance(result, int) and result < 0:
-            name = _errno_name(-result)
+            name = errno_name(-result)
             raise Difference("errno", f"{what or op.kind} failed: {name} ({os.strerror(-result)})")
 
     def learn(self, variant: str, result: object, acceptable: Iterable[int]) -> bool:
         """Whether the filesystem does not have this; it is not asked for it again."""
         if isinstance(result, int) and -result in acceptable:
-            self.tally.unsupported[variant] = _errno_name(-result)
+            self.tally.unsupported[variant] = errno_name(-result)
             return True
         return False
 
@@ -207,14 +260,43 @@ class Session:
 
     def compare(self, op: Operation, inode: Inode, offset: int, length: int, how: str) -> None:
         """The start of the worker's arena against the model."""
+        self._compare(op, inode, offset, length, how, inode.memory, offset)
+
+    def compare_mapped(
+        self, op: Operation, mapping: Mapping, offset: int, length: int, how: str
+    ) -> None:
+        """The same for what must show through a mapping; ``offset`` is the file's."""
+        if not mapping.copies:
+            self.compare(op, mapping.inode, offset, length, how)
+            return
+        expected = mmap.mmap(-1, length)
+        expected[:] = mapping.content(offset, length)
+        self._compare(op, mapping.inode, offset, length, f"private {how}", expected, 0)
+
+    def _compare(
+        self,
+        op: Operation,
+        inode: Inode,
+        offset: int,
+        length: int,
+        how: str,
+        memory: mmap.mmap,
+        start: int,
+    ) -> None:
         self.tally.bytes_compared += length
         arena = self.arena(op)
-        at = first_difference(arena.address, inode.address + offset, length)
+        at = first_difference(arena.address, address_of(memory) + start, length)
         if at is None:
             return
         place = offset + at
         n = min(16, length - at)
-        expected, found = inode.memory[place : place + n], arena.memory[at : at + n]
+        expected, found = memory[start + at : start + at + n], arena.memory[at : at + n]
+        self.differs(inode, place, expected, found, how)
+
+    def differs(
+        self, inode: Inode, place: int, expected: bytes, found: bytes, how: str
+    ) -> NoReturn:
+        """Raise the Difference of bytes at the offset ``place`` of a file."""
         if place >= inode.size:
             kind, text = "tail", "not zero between the end of the file and the end of the page"
         else:
@@ -233,6 +315,17 @@ class Session:
         inode.write(offset, self.pool.address + source, length)
         name = self.model.name_of(inode)
         self.writes.append(Write(op.number, inode.number, name, offset, length, source))
+
+    def stored(
+        self, op: Operation, mapping: Mapping, offset: int, length: int, source: int
+    ) -> None:
+        """Apply a write of pool bytes through a mapping; ``offset`` is the file's."""
+        if mapping.shared:
+            self.wrote(op, mapping.inode, offset, length, source)
+            return
+        mapping.store(offset, self.pool.memory[source : source + length])
+        name = f"a private mapping of {self.model.name_of(mapping.inode)}"
+        self.writes.append(Write(op.number, _PRIVATE, name, offset, length, source))
 
     def moved(self, inode: Inode, start: int, end: int, to: Inode, by: int) -> None:
         """Remember that the data in [start, end) is now also ``by`` bytes further in ``to``."""

@@ -11,14 +11,17 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Callable
 
 PAGE = mmap.PAGESIZE
 PMD = 2 << 20
 
 MADV_PAGEOUT = 21
 MADV_POPULATE_READ = 22
+MADV_POPULATE_WRITE = 23
 MADV_COLLAPSE = 25
 MAP_FIXED = 0x10
+_MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
 
 # linux/falloc.h
 KEEP_SIZE = 0x01
@@ -45,6 +48,9 @@ _mmap.argtypes = (_pointer, _size, _int, _int, _int, _offset)
 _mmap.restype = _pointer
 _munmap = _libc.munmap
 _munmap.argtypes = (_pointer, _size)
+_mremap = _libc.mremap
+_mremap.argtypes = (_pointer, _size, _size, _int, _pointer)
+_mremap.restype = _pointer
 _madvise = _libc.madvise
 _madvise.argtypes = (_pointer, _size, _int)
 _msync = _libc.msync
@@ -91,10 +97,25 @@ def address_of(buffer: mmap.mmap) -> int:
 
 def map_file(fd: int, length: int, prot: int, flags: int, offset: int) -> int:
     """mmap(2) at an address congruent to the file offset modulo 2 MiB, so that a PMD can map it."""
+    return _placed(
+        length, offset, lambda address: _map(address, length, prot, flags | MAP_FIXED, fd, offset)
+    )
+
+
+def remap(address: int, length: int, new_length: int, offset: int) -> int:
+    """mremap(2) to another address, congruent to the file offset as well; returns that."""
+    flags = _MREMAP_MAYMOVE | _MREMAP_FIXED
+    return _placed(
+        new_length, offset, lambda to: _address(_mremap(address, length, new_length, flags, to))
+    )
+
+
+def _placed(length: int, offset: int, place: Callable[[int], object]) -> int:
+    """Reserve address space, let ``place`` put a mapping at its congruent address; that address."""
     reserved = _map(None, length + PMD, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
     address = reserved + (offset - reserved) % PMD
     try:
-        _map(address, length, prot, flags | MAP_FIXED, fd, offset)
+        place(address)
     except OSError:
         unmap(reserved, length + PMD)
         raise
@@ -107,7 +128,11 @@ def map_file(fd: int, length: int, prot: int, flags: int, offset: int) -> int:
 
 
 def _map(address: int | None, length: int, prot: int, flags: int, fd: int, offset: int) -> int:
-    result = _mmap(address, length, prot, flags, fd, offset)
+    return _address(_mmap(address, length, prot, flags, fd, offset))
+
+
+def _address(result: int | None) -> int:
+    """What mmap(2) or mremap(2) returned, unless that is MAP_FAILED."""
     if result is None or result == _MAP_FAILED:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))

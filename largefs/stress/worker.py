@@ -4,11 +4,13 @@ A request is a marshalled ``(kind, arguments)``; the answer is ``(result, size)`
 size by fstat(2) right after (-1 where there is no open file to ask), or ``(-errno, -1)``. Data read
 lands in the arena that the worker shares with the session; data written comes from the pool. Where
 a page inside a file cannot be had, a ``load`` or ``store`` kills the worker with SIGBUS, as it
-would any program: the session sees that.
+would any program: the session sees that. A request that names mappings to ``watch`` is answered
+with a third thing: which of their 2 MiB blocks had been PMD-mapped before and are not any more.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import faulthandler
 import marshal
@@ -18,12 +20,13 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from largefs.stress import program, syscalls
+from largefs.hugetext import mappings
+from largefs.stress import folios, program, syscalls
 from largefs.stress.syscalls import PAGE, PMD, Arena
 
 Arguments = dict[str, Any]
@@ -42,14 +45,16 @@ class _Worker:
     root: str
     arena: Arena
     pool: Arena
+    pagemap: int
     files: dict[int, int] = field(default_factory=dict)
     mappings: dict[int, _Mapping] = field(default_factory=dict)
-    programs: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # pid, to, from
+    programs: dict[int, program.Running] = field(default_factory=dict)
 
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
 
 
+_PIPE = 64 << 10  # bytes that a new pipe holds: pipe(7)
 _OPERATIONS: dict[str, Callable[[_Worker, Arguments], Answer]] = {}
 
 
@@ -75,23 +80,71 @@ def _close(w: _Worker, a: Arguments) -> Answer:
 
 @_operation
 def _read(w: _Worker, a: Arguments) -> Answer:
-    fd, length = w.files[a["h"]], a["len"]
+    fd, length, offset = w.files[a["h"]], a["len"], a["off"]
     if a["via"] == "pread":
-        return syscalls.pread_into(fd, w.arena.address, length, a["off"]), -1
-    cuts = sorted({0, length // 3, length - length // 5, length})
-    view = memoryview(w.arena.memory)
-    parts = [view[i:j] for i, j in pairwise(cuts)]
-    return os.preadv(fd, parts, a["off"]), -1
+        return syscalls.pread_into(fd, w.arena.address, length, offset), -1
+    if a["via"] == "preadv":
+        return os.preadv(fd, _parts(w.arena.memory, 0, length), offset), -1
+    if a["via"] == "sendfile":
+        os.lseek(w.arena.fd, 0, os.SEEK_SET)
+        return _to_the_end(length, lambda at, n: os.sendfile(w.arena.fd, fd, offset + at, n)), -1
+    return _to_the_end(length, lambda at, n: _splice_out(w, fd, offset + at, at, n)), -1
 
 
 @_operation
 def _write(w: _Worker, a: Arguments) -> Answer:
-    fd = w.files[a["h"]]
+    fd, length, source = w.files[a["h"]], a["len"], a["from"]
     if a["via"] == "append":  # O_APPEND: the offset does not count
-        done = os.write(fd, memoryview(w.pool.memory)[a["from"] : a["from"] + a["len"]])
+        done = os.write(fd, memoryview(w.pool.memory)[source : source + length])
+    elif a["via"] == "pwritev":
+        done = os.pwritev(fd, _parts(w.pool.memory, source, length), a["off"])
+    elif a["via"] == "splice":
+        done = _to_the_end(length, lambda at, n: _splice_in(w, fd, a["off"] + at, source + at, n))
     else:
-        done = syscalls.pwrite_from(fd, w.pool.address + a["from"], a["len"], a["off"])
+        done = syscalls.pwrite_from(fd, w.pool.address + source, length, a["off"])
     return done, _size(fd)
+
+
+def _parts(memory: mmap.mmap, start: int, length: int) -> list[memoryview]:
+    """Up to three pieces of unlike sizes, for preadv(2) and pwritev(2)."""
+    cuts = sorted({0, length // 3, length - length // 5, length})
+    view = memoryview(memory)
+    return [view[start + i : start + j] for i, j in pairwise(cuts)]
+
+
+def _to_the_end(length: int, step: Callable[[int, int], int]) -> int:
+    """Do ``step(done so far, rest)`` until all is done, or it does nothing; how much was done."""
+    done = 0
+    while done < length and (n := step(done, length - done)):
+        done += n
+    return done
+
+
+def _splice_out(w: _Worker, fd: int, offset: int, to: int, length: int) -> int:
+    """splice(2) from the file into a pipe, and from that into the arena."""
+    with _pipe() as (out, into):
+        moved = os.splice(fd, into, length, offset_src=offset)
+        view = memoryview(w.arena.memory)[to : to + moved]
+        return _to_the_end(moved, lambda at, _: os.readv(out, [view[at:]]))
+
+
+def _splice_in(w: _Worker, fd: int, offset: int, source: int, length: int) -> int:
+    """Write into a pipe, and splice(2) that into the file."""
+    with _pipe() as (out, into):
+        length = min(length, _PIPE)
+        filled = os.write(into, memoryview(w.pool.memory)[source : source + length])
+        return _to_the_end(filled, lambda at, n: os.splice(out, fd, n, offset_dst=offset + at))
+
+
+@contextlib.contextmanager
+def _pipe() -> Iterator[tuple[int, int]]:
+    """A pipe, to read from and to write into, that is gone after."""
+    out, into = os.pipe()
+    try:
+        yield out, into
+    finally:
+        os.close(out)
+        os.close(into)
 
 
 @_operation
@@ -166,6 +219,19 @@ def _map(w: _Worker, a: Arguments) -> Answer:
 
 
 @_operation
+def _remap(w: _Worker, a: Arguments) -> Answer:
+    """Move a mapping, and make it longer or shorter."""
+    mapping = w.mappings[a["m"]]
+    # advice for a part has made several areas of it: make them one again, mremap(2) moves only one
+    with contextlib.suppress(OSError):
+        advice = mmap.MADV_HUGEPAGE if a["huge"] else mmap.MADV_NOHUGEPAGE
+        syscalls.madvise(mapping.address, mapping.length, advice)
+    to = syscalls.remap(mapping.address, mapping.length, a["len"], mapping.offset)
+    mapping.address, mapping.length = to, a["len"]
+    return 0, -1
+
+
+@_operation
 def _unmap(w: _Worker, a: Arguments) -> Answer:
     mapping = w.mappings.pop(a["m"])
     syscalls.unmap(mapping.address, mapping.length)
@@ -208,7 +274,7 @@ def _mwrite(w: _Worker, a: Arguments) -> Answer:
 def _madvise(w: _Worker, a: Arguments) -> Answer:
     mapping = w.mappings[a["m"]]
     syscalls.madvise(mapping.address + a["off"], a["len"], a["advice"])
-    return _pmd_mapped() if a["count"] else 0, -1
+    return folios.pmd_mapped() if a["count"] else 0, -1
 
 
 @_operation
@@ -265,6 +331,47 @@ def _unlink(w: _Worker, a: Arguments) -> Answer:
 
 
 @_operation
+def _chmod(w: _Worker, a: Arguments) -> Answer:
+    os.chmod(w.path(a["path"]), a["mode"])
+    return os.stat(w.path(a["path"])).st_mode & 0o7777, -1
+
+
+@_operation
+def _busy(w: _Worker, a: Arguments) -> Answer:
+    """Open and truncate a running program: the errors, 0 where that was possible."""
+    path = w.path(a["path"])
+
+    def open_it() -> None:
+        os.close(os.open(path, os.O_RDWR))
+
+    found = []
+    for attempt in (open_it, lambda: os.truncate(path, os.stat(path).st_size)):
+        try:
+            attempt()
+            found.append(0)
+        except OSError as error:
+            found.append(error.errno or errno.EIO)
+    return found, -1
+
+
+@_operation
+def _clone(w: _Worker, a: Arguments) -> Answer:
+    """Copy a file to a new one beside it, and cut the copy off."""
+    source = os.open(w.path(a["path"]), os.O_RDONLY)
+    try:
+        copy = os.open(w.path(a["path2"]), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o755)
+        try:
+            rest = _size(source)
+            _to_the_end(rest, lambda _, n: os.sendfile(copy, source, None, n))
+            os.ftruncate(copy, a["size"])
+            return 0, _size(copy)
+        finally:
+            os.close(copy)
+    finally:
+        os.close(source)
+
+
+@_operation
 def _build(w: _Worker, a: Arguments) -> Answer:
     """Write a program beside the old one, and rename it over."""
     new = w.path(a["path"] + ".new")
@@ -282,52 +389,25 @@ def _build(w: _Worker, a: Arguments) -> Answer:
 
 @_operation
 def _exec(w: _Worker, a: Arguments) -> Answer:
-    path = w.path(a["path"])
-    to_child, from_child = os.pipe(), os.pipe()
-    try:
-        pid = os.posix_spawn(
-            path,
-            [path],
-            {},
-            file_actions=[
-                (os.POSIX_SPAWN_DUP2, to_child[0], 0),
-                (os.POSIX_SPAWN_DUP2, from_child[1], 1),
-            ],
-        )
-    except OSError:
-        os.close(to_child[1])
-        os.close(from_child[0])
-        raise
-    finally:
-        os.close(to_child[0])
-        os.close(from_child[1])
-    w.programs[a["x"]] = (pid, to_child[1], from_child[0])
+    w.programs[a["x"]] = program.start(w.path(a["path"]))
     return 0, -1
 
 
 @_operation
 def _sum(w: _Worker, a: Arguments) -> Answer:
     """The program's own sums of its text, and then its text as others see it."""
-    pid, to, back = w.programs[a["x"]]
-    answer = b""
-    try:
-        os.write(to, b"h" if a["huge"] else b"s")
-        answer = os.read(back, 16)
-    except BrokenPipeError:
-        pass
-    if len(answer) != 16:  # it died; of what?
-        return ("died", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])), -1
+    running = w.programs[a["x"]]
+    answer = running.sums(a["huge"])
+    if len(answer) != 16:
+        return ("died", w.programs.pop(a["x"]).ended()), -1
     if answer != a["expected"]:
-        syscalls.read_memory(pid, program.BASE, w.arena.address, a["len"])
-    return ("answered", answer, _pmd_mapped(pid)), -1
+        syscalls.read_memory(running.pid, program.BASE, w.arena.address, a["len"])
+    return ("answered", answer, folios.pmd_mapped(running.pid)), -1
 
 
 @_operation
 def _end(w: _Worker, a: Arguments) -> Answer:
-    pid, to, back = w.programs.pop(a["x"])
-    os.close(to)
-    os.close(back)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), -1
+    return w.programs.pop(a["x"]).ended(), -1
 
 
 @_operation
@@ -361,43 +441,46 @@ def _whole(w: _Worker, a: Arguments) -> Answer:
                     if error.errno != errno.EINVAL:
                         raise
             syscalls.move(w.arena.address, address, length)
-            return (length, _pmd_mapped()), _size(fd)
+            return (length, folios.pmd_mapped()), _size(fd)
         finally:
             syscalls.unmap(address, length)
     finally:
         os.close(fd)
 
 
-def _pmd_mapped(pid: int | str = "self") -> int:
-    """Bytes of files and shmem that PMD entries map in a process (``/proc/PID/smaps_rollup``)."""
-    total = 0
+def _pmd_blocks(w: _Worker, numbers: list[int]) -> set[tuple[int, int]]:
+    """(number of a mapping, 2 MiB block of the file) for each block that a PMD entry maps."""
+    return {
+        (number, block)
+        for number in numbers
+        for m in (w.mappings[number],)
+        for block in folios.pmd_blocks(w.pagemap, m.address, m.length, m.offset)
+    }
+
+
+def _answer(w: _Worker, kind: str, arguments: Arguments) -> tuple[Any, ...]:
+    watched = arguments.pop("watch", [])
+    before = _pmd_blocks(w, watched) if watched else set()
+    answer: Answer
     try:
-        with open(f"/proc/{pid}/smaps_rollup", "rb") as rollup:
-            for line in rollup:
-                if line.startswith((b"FilePmdMapped:", b"ShmemPmdMapped:")):
-                    total += int(line.split()[1]) << 10
-    except OSError:
-        return 0
-    return total
+        answer = _OPERATIONS[kind](w, arguments)
+    except OSError as error:
+        answer = -(error.errno or errno.EIO), -1
+    return *answer, sorted(before - _pmd_blocks(w, watched)) if before else []
 
 
 def serve(root: str, arena: Arena, pool: Arena, connection: socket.socket) -> None:
     """Answer requests until the connection ends. Never returns."""
-    worker = _Worker(root, arena, pool)
     faulthandler.disable()  # a death by SIGBUS is the session's to tell
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the session ends us
     for name in (signal.SIGTERM, signal.SIGPIPE):
         signal.signal(name, signal.SIG_DFL if name == signal.SIGTERM else signal.SIG_IGN)
     code = 0
     try:
+        worker = _Worker(root, arena, pool, mappings.open_pagemap("self"))
         while request := connection.recv(1 << 16):
             kind, arguments = marshal.loads(request)  # noqa: S302  from our own parent
-            answer: Answer
-            try:
-                answer = _OPERATIONS[kind](worker, arguments)
-            except OSError as error:
-                answer = -(error.errno or errno.EIO), -1
-            connection.send(marshal.dumps(answer))
+            connection.send(marshal.dumps(_answer(worker, kind, arguments)))
     except BaseException:  # noqa: BLE001  a child of a fork must never return into its parent's stack
         traceback.print_exc(file=sys.stderr)
         code = 3

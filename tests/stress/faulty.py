@@ -140,6 +140,8 @@ class Faulty(pyfuse3.Operations):
             content.extend(bytes(end - len(content)))
         if not self.has("lost-write", offset):
             content[offset:end] = data
+        if self.has("loses-last-page", end // 4096) and end >= self.size[inode]:
+            content[end // 4096 * 4096 : end] = bytes(end % 4096)
         self.size[inode] = max(self.size[inode], end)
         return len(data)
 

@@ -9,6 +9,7 @@ OPTIONS = ("--seed", 7, "--ops", 1200, "--race", 0.5)
 def test_where_the_tests_run(stress, tmp_path):
     result = stress(tmp_path, *OPTIONS, expect=0)
     assert result["counts"]["read"] > 100 and result["counts"]["race truncate"] > 0
+    assert result["counts"]["race sum"] > 0
     assert result["bytes_compared"] > 10 << 20
     assert not os.listdir(tmp_path)
 
@@ -16,6 +17,18 @@ def test_where_the_tests_run(stress, tmp_path):
 def test_tmpfs_with_huge_pages(stress, mounted):
     result = stress(mounted("-t", "tmpfs", "-o", "huge=always", "tmpfs"), *OPTIONS, expect=0)
     assert result["pmd_mapped"]["most_bytes"] >= 2 << 20
+    if kernel_tells_huge_pages():
+        assert split(result) > 0
+
+
+def kernel_tells_huge_pages():
+    """Whether the kernel has PAGEMAP_SCAN, by which the tool sees what was split."""
+    return tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 7)
+
+
+def split(result):
+    """How many 2 MiB pages were split by operations on the file."""
+    return sum(n for name, n in result["pmd_mapped"]["taken"].items() if name.endswith("split"))
 
 
 def test_xfs(stress, mounted, tmp_path):

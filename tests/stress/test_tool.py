@@ -15,7 +15,7 @@ from largefs.stress.checks import perform
 from largefs.stress.generator import POOL, Generator
 from largefs.stress.model import Inode
 from largefs.stress.report import Difference, Write, explain
-from largefs.stress.session import Limits, Operation, Session, Tally
+from largefs.stress.session import Limits, Operation, Session, Tally, pmd_taken
 from largefs.stress.shrink import shrink
 from largefs.stress.syscalls import Arena
 
@@ -214,6 +214,93 @@ class _File:
         os.unlink(self.path)
 
 
+RW = {"m": 4, "h": 1, "off": 0, "len": 8192, "prot": "rw", "huge": False}
+ALL = {"m": 4, "off": 0, "len": 8192, "via": "load"}
+
+
+def test_private_copies(session):
+    """A private mapping keeps what was written to it, page by page, until the page is cut off."""
+    do(session, "map", **RW, shared=False)
+    do(session, "mwrite", m=4, off=10, len=100, via="store", sync=False, **{"from": 500})
+    do(session, "write", h=1, off=0, len=8192, via="pwritev", **{"from": 9000})
+    do(session, "read", **READ)
+    do(session, "mread", **ALL)
+    assert session.arena(Operation(0, "", 0, {})).memory[10:110] == session.pool.memory[500:600]
+    fork = {"m": 4, "off": 50, "len": 5000, "write": True, "from": 100}
+    do(session, "fork", **fork)  # what the child writes is its own
+    do(session, "mread", **ALL)
+    do(session, "truncate", h=1, size=0)
+    do(session, "truncate", h=1, size=8192)
+    do(session, "mread", **ALL)
+    assert session.arena(Operation(0, "", 0, {})).memory[:8192] == bytes(8192)
+
+
+def test_private_write_must_not_reach_the_file(session):
+    do(session, "map", **RW, shared=False)
+    do(session, "mwrite", m=4, off=10, len=100, via="store", sync=False, **{"from": 500})
+    _File(f"{session.root}/a").pwrite(session.pool.memory[500:600], 10)
+    with pytest.raises(Difference) as found:
+        do(session, "read", **READ)
+    assert found.value.kind == "misplaced" and "a private mapping of a" in found.value.text
+
+
+@pytest.mark.parametrize("length", [4096, 8192, 4 << 20])
+def test_mappings_move(session, length):
+    do(session, "map", **RW, shared=True)
+    do(session, "madvise", m=4, off=0, len=4096, advice=mmap.MADV_HUGEPAGE, count=False)
+    do(session, "remap", m=4, len=length, huge=True)
+    do(session, "mwrite", m=4, off=7, len=2000, via="store", sync=True, **{"from": 77})
+    do(session, "read", **READ)
+    assert session.model.mappings[4].length == length
+    do(session, "probe", m=4, at=[0, 4095, *([8191, 8192] if length > 8192 else [])])
+
+
+@pytest.mark.parametrize("via", ["pread", "preadv", "sendfile", "splice"])
+@pytest.mark.parametrize("length", [1, 8000, 200_000])
+def test_ways_to_read_and_write(session, via, length):
+    write = {"preadv": "pwritev", "splice": "splice"}.get(via, "pwrite")
+    do(session, "write", h=1, off=4000, len=length, via=write, **{"from": 12345})
+    do(session, "read", h=1, off=3, len=length, via=via)
+    _File(f"{session.root}/a").pwrite(b"?", 4000)
+    with pytest.raises(Difference) as found:
+        do(session, "read", h=1, off=3900, len=length + 100, via=via)
+    assert found.value.offset == 4000
+
+
+def test_direct_reads_and_writes(session):
+    do(session, "open", h=9, path="a", flags=os.O_RDWR | os.O_DIRECT)
+    if "o-direct" in session.tally.unsupported:
+        pytest.skip("this filesystem has no O_DIRECT")
+    do(session, "write", h=9, off=4096, len=4096, via="pwrite", **{"from": 8192})
+    do(session, "mread", **MREAD)
+    do(session, "map", **RW, shared=True)
+    do(session, "mwrite", m=4, off=5000, len=10, via="store", sync=False, **{"from": 1})
+    do(session, "read", h=9, off=0, len=8192, via="pread")
+    unaligned = Operation(9, "read", 0, {"h": 9, "off": 1, "len": 4096, "via": "pread"})
+    assert not perform(session, unaligned), "left out, as a shortened replay needs it"
+
+
+def test_running_programs(session):
+    if not program.supported():
+        pytest.skip("the program is for x86-64")
+    do(session, "build", path="p", len=2 << 20, chunk=1 << 20, **{"from": 0})
+    do(session, "exec", x=5, path="p")
+    do(session, "sum", x=5, huge=True)
+    do(session, "busy", path="p")
+    do(session, "chmod", path="p", mode=0o711)
+    do(session, "clone", path="p", path2="c", size=5000)
+    do(session, "whole", path="c", via="read", cold=True)
+    do(session, "sum", x=5, huge=False)
+    assert session.call(Operation(9, "end", 0, {"x": 5})) == (0, -1)  # behind the model's back
+    with pytest.raises(Difference) as found:
+        do(session, "busy", path="p")
+    assert found.value.kind == "errno" and "ETXTBSY" in found.value.text
+
+
+def test_what_takes_a_huge_page_is_counted():
+    assert pmd_taken("cut", [0, 1, 2, 5], 3 << 20, 6 << 20) == {"cut: split": 3, "cut: removed": 1}
+
+
 def test_bytes_behind_the_end(session):
     do(session, "truncate", h=1, size=5000)
     do(session, "mread", m=3, off=4096, len=4096, via="load")
@@ -298,3 +385,14 @@ def test_interrupted(tool, tmp_path, number):
     running.send_signal(number)
     assert "interrupted" in running.communicate(timeout=30)[1]
     assert running.returncode == 2 and not os.listdir(tmp_path)
+
+
+def test_log_and_sequence(tool, tmp_path):
+    """The log tells every operation in words, and which of them were left out."""
+    log, root = tmp_path / "log", tmp_path / "root"
+    root.mkdir()
+    options = ("--ops", "300", "--race", "0", "--seed", "1", "--log", log)
+    subprocess.run([*tool, root, *options], check=True, stdout=subprocess.DEVNULL)
+    first, second, *rest = log.read_text().splitlines()
+    assert first == "session 0" and second.strip() == "1 worker 0: open h=1 path=file0 flags=0x42"
+    assert len(rest) > 299 and any("truncate" in line for line in rest)
