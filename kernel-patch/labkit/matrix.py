@@ -1,7 +1,8 @@
 """The kernels the lab knows: what each is built from, and what is expected of it.
 
 A kernel's key changes when anything that goes into it does: the source package's version, the
-series, the configuration, the compiler. Equal keys are the same kernel.
+series, the configuration, the compiler. Equal keys are the same kernel. What the series changes in
+documentation and selftests goes into no kernel.
 """
 
 import hashlib
@@ -69,13 +70,19 @@ ENTRIES = {
 }
 
 
-def _digest(texts: list[str]) -> str:
+_NO_KERNEL = ("tools/", "Documentation/", "MAINTAINERS ")
+
+
+def digest(texts: list[str]) -> str:
+    """A short name for some texts."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
 
-def _change(patch: Path) -> str:
+def changes(patch: Path, *, kernel_only: bool = False) -> str:
     """What a patch changes, without its message and the mail signature: they build nothing."""
-    return patch.read_text().partition("\ndiff --git ")[2].rsplit("\n-- \n", 1)[0].strip()
+    text = patch.read_text().rsplit("\n-- \n", 1)[0].strip()
+    files = text.split("\ndiff --git a/")[1:]
+    return "\n".join(f for f in files if not (kernel_only and f.startswith(_NO_KERNEL)))
 
 
 def key(entry: Entry, version: str) -> str:
@@ -83,6 +90,6 @@ def key(entry: Entry, version: str) -> str:
     cc = subprocess.run(["gcc", "--version"], check=True, capture_output=True, text=True).stdout
     compiler = hashlib.sha256(cc.splitlines()[0].encode()).hexdigest()[:6]
     version = version.replace(":", "_")
-    series = _digest([_change(p) for p in entry.patches])
-    config = _digest([f.read_text() for f in entry.fragment_files])
+    series = digest([changes(p, kernel_only=True) for p in entry.patches])
+    config = digest([f.read_text() for f in entry.fragment_files])
     return f"{version}-s{series}-c{config}-g{compiler}"

@@ -91,6 +91,19 @@ def _test(entry: Entry) -> Result:
     return _read(entry, outcome)
 
 
+def problems(outcome: Outcome) -> list[str]:
+    """What was wrong with a boot, by the command's status and the kernel's console."""
+    wrong = []
+    if outcome.status is None:
+        wrong.append(f"the guest hung or died: see {outcome.console}")
+    elif outcome.status:
+        wrong.append(f"the suite exited with {outcome.status}: see {outcome.output}")
+    if complaints := console.complaints(outcome.console):
+        wrong += [f"kernel log: {line}" for line in complaints[:5]]
+        wrong.append(f"{len(complaints)} such lines in {outcome.console}")
+    return wrong
+
+
 def _read(entry: Entry, outcome: Outcome) -> Result:
     """Judge an outcome: the command's status, the tests' report, the console."""
     result = Result(entry, seconds=outcome.seconds)
@@ -98,15 +111,9 @@ def _read(entry: Entry, outcome: Outcome) -> Result:
     junit = outcome.results / "junit.xml"
     if junit.exists() and junit.stat().st_size:
         _read_junit(junit, result)
-    if outcome.status is None:
-        result.wrong.append(f"the guest hung or died: see {outcome.console}")
-    elif outcome.status:
-        result.wrong.append(f"the suite exited with {outcome.status}: see {outcome.output}")
-    elif not result.tests.get("passed"):
+    result.wrong = problems(outcome)
+    if outcome.status == 0 and not result.tests.get("passed"):
         result.wrong.append(f"no test ran: see {outcome.output}")
-    if complaints := console.complaints(outcome.console):
-        result.wrong += [f"kernel log: {line}" for line in complaints[:5]]
-        result.wrong.append(f"{len(complaints)} such lines in {outcome.console}")
     return result
 
 
