@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NoReturn, cast
@@ -54,7 +55,8 @@ def play(roles: list[tuple[str, Role]], seconds: float, timeout: float) -> Count
             elif code == 1 and "kind" in answer:
                 problems.append(Difference(**cast(Any, answer)))
             elif code:
-                problems.append(CannotRunError(f"the {name} of a race failed (exit code {code})"))
+                why = answer.get("text", f"exit code {code}")
+                problems.append(CannotRunError(f"the {name} of a race failed: {why}"))
             else:
                 total.update(answer)
     finally:
@@ -81,7 +83,7 @@ def _wait(pid: int, back: int, deadline: float) -> tuple[int | None, dict[str, A
 
 
 def _child(role: Role, name: str, number: str, until: float, to: int) -> NoReturn:
-    code, answer = 2, {}
+    code, answer = 2, dict[str, Any]()
     try:
         faulthandler.disable()  # a death by SIGBUS is for the parent to tell
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -90,8 +92,11 @@ def _child(role: Role, name: str, number: str, until: float, to: int) -> NoRetur
     except Difference as difference:
         code, answer = 1, difference.as_dict()
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            code, answer = 1, Difference("errno", f"race, {name}: {error}").as_dict()
+        code, answer = 1, Difference("errno", f"race, {name}: {error}").as_dict()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            code, answer = 2, {"text": f"{error.strerror}: make room"}
+    except BaseException:  # noqa: BLE001  a child of a fork must never return into its parent's stack
+        answer = {"text": traceback.format_exc()}
     finally:
         os.write(to, json.dumps(answer).encode())
         os._exit(code)
