@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from largefs.hugetext.align import Mode, plan, restore
 from largefs.hugetext.eligible import Description, describe
-from largefs.hugetext.view import View, reshape
+from largefs.hugetext.view import BadRecord, View, reshape
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class FileReport:
 
 
 def of_path(path: str) -> FileReport:
-    """Look at one file, on a mounted largefs or anywhere else; raises OSError."""
+    """Look at one file, on a mounted largefs or anywhere else; raises OSError (EIO: a bad record)."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         view = View.of_file(fd)
@@ -31,7 +31,10 @@ def of_path(path: str) -> FileReport:
         if record is None:
             said = plan(view, Mode.AUTO).reason
             return FileReport(path, view.size, describe(view), None, said)
-        original = reshape(view, restore(record))
+        try:
+            original = reshape(view, restore(record))
+        except BadRecord as e:
+            raise OSError(errno.EIO, f"what the import noted of it is damaged: {e}") from None
         said = plan(original, Mode.AUTO).reason
         return FileReport(path, view.size, describe(view), describe(original), said)
     finally:

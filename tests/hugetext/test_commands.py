@@ -121,6 +121,15 @@ def test_report_of_what_is_not_there(target: str, status: int, words: str) -> No
     assert words in result.output
 
 
+def test_report_of_a_file_whose_alignment_record_is_damaged(disk: Path) -> None:
+    path = disk / "program"
+    path.write_bytes(Path(sys.executable).resolve().read_bytes())
+    os.setxattr(path, "user.largefs.alignment", b"no record")
+    result = CliRunner().invoke(report.command, [str(path)])
+    assert result.exit_code == 2, result.output
+    assert "what the import noted of it is damaged" in result.output
+
+
 def test_report_watches(mapped: tuple[int, Path]) -> None:
     code = "from largefs.cli.report import command; command()"
     arguments = [str(mapped[0]), "--json", "--watch", "--interval", "0.1"]
