@@ -265,8 +265,8 @@ class Importer:
 
     def _import_file(self, parent: int, name: bytes, path: bytes, st: os.stat_result) -> int:
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        fd = os.open(path, flags)
         row = self._row(st, size=st.st_size)
+        fd = os.open(path, flags)
         try:
             written = self._store.backing.make(row.id)
             try:
