@@ -269,6 +269,8 @@ class Files:
             except OSError as e:
                 if e.errno != errno.ENOENT:
                     log.error("inode %d: no checksums: %s", inode, e)
+            except Exception:  # the files after it are to be summed all the same
+                log.exception("inode %d: no checksums", inode)
 
     async def _sum(self, inode: int) -> None:
         ticket = self._tickets.get(inode)

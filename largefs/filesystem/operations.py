@@ -411,7 +411,11 @@ class Filesystem(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         """open(2) with O_CREAT of a name that is not there."""
         row = self._make(parent_inode, name, stat.S_IFREG | stat.S_IMODE(mode), ctx)
-        return await self._open_new(row)
+        try:
+            return await self._open_new(row)
+        except BaseException:  # as EMFILE: then no file must be left behind
+            self._drop_if_unused(self._store.unlink(parent_inode, name).id)
+            raise
 
     async def _open_new(self, row: Inode) -> tuple[FileInfo, EntryAttributes]:
         file = await self._files.open(row.id, writable=True, new=True)

@@ -1,0 +1,125 @@
+"""The operations of the filesystem, driven without a mount."""
+
+import errno
+import inspect
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyfuse3
+import pytest
+
+from largefs.filesystem.daemon import Mount
+from largefs.filesystem.files import Files
+from largefs.filesystem.operations import Filesystem
+from largefs.filesystem.options import Options
+from largefs.store import ROOT_INODE, Store
+from largefs.store.store import fail
+
+CONTEXT: Any = SimpleNamespace(uid=0, gid=0, pid=1, umask=0o022)
+FILE = stat.S_IFREG | 0o644
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    Store.create(tmp_path / "store")
+    with Store.open(tmp_path / "store", "a test") as store:
+        yield store
+
+
+@pytest.fixture
+def filesystem(store: Store, tmp_path: Path) -> Filesystem:
+    return Mount(store, tmp_path / "mountpoint", Options())._operations
+
+
+def error_of(raised: pytest.ExceptionInfo[pyfuse3.FUSEError]) -> int:
+    return raised.value.errno
+
+
+async def test_a_file_lives_as_long_as_the_kernel_holds_it(
+    filesystem: Filesystem, store: Store
+) -> None:
+    info, entry = await filesystem.create(ROOT_INODE, b"f", FILE, os.O_RDWR, CONTEXT)
+    inode = entry.st_ino
+    assert await filesystem.write(info.fh, 3, b"data") == 4
+    assert bytes(await filesystem.read(info.fh, 0, 100)) == b"\0\0\0data"
+    assert (await filesystem.getattr(inode, CONTEXT)).st_size == 7, "while it is being written"
+    assert (await filesystem.lookup(ROOT_INODE, b"f", CONTEXT)).st_ino == inode  # the second hold
+
+    await filesystem.unlink(ROOT_INODE, b"f", CONTEXT)
+    assert (await filesystem.lookup(ROOT_INODE, b"f", CONTEXT)).st_ino == 0, "no such name"
+    assert (await filesystem.getattr(inode, CONTEXT)).st_nlink == 0
+    await filesystem.forget([(inode, 1)])
+    await filesystem.release(info.fh)
+    assert (await filesystem.getattr(inode, CONTEXT)).st_size == 7, "held once more"
+    await filesystem.forget([(inode, 1)])
+    with pytest.raises(pyfuse3.FUSEError) as raised:
+        await filesystem.getattr(inode, CONTEXT)
+    assert error_of(raised) == errno.ENOENT
+    store.commit()
+    assert not list((store.path / "extents").glob("*/*"))
+
+
+async def test_create_leaves_nothing_when_the_file_cannot_be_opened(
+    filesystem: Filesystem, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_descriptors(*_: object, **__: object) -> None:
+        raise fail(errno.EMFILE)
+
+    with monkeypatch.context() as limits, pytest.raises(pyfuse3.FUSEError) as raised:
+        limits.setattr(Files, "open", no_descriptors)
+        await filesystem.create(ROOT_INODE, b"f", FILE, os.O_RDWR, CONTEXT)
+    assert error_of(raised) == errno.EMFILE
+    assert store.find(ROOT_INODE, b"f") is None
+    await filesystem.create(ROOT_INODE, b"f", FILE, os.O_RDWR, CONTEXT)
+
+
+ARGUMENTS = {
+    "inode": ROOT_INODE, "parent": ROOT_INODE, "parent_inode": ROOT_INODE, "fh": 77,
+    "new_parent_inode": ROOT_INODE, "parent_inode_old": ROOT_INODE, "parent_inode_new": ROOT_INODE,
+    "name": b"a", "name_old": b"a", "name_new": b"b", "new_name": b"b", "target": b"t",
+    "value": b"v", "buf": b"data", "mode": FILE, "rdev": 0, "flags": os.O_RDWR, "start_id": 0,
+    "off": 0, "size": 10, "offset": 0, "length": 10, "whence": os.SEEK_DATA, "datasync": False,
+    "offset_in": 0, "offset_out": 0, "fh_in": 77, "fh_out": 78, "inode_list": [(ROOT_INODE, 1)],
+    "attr": pyfuse3.EntryAttributes(), "token": None, "ctx": CONTEXT,
+    "fields": SimpleNamespace(
+        update_mode=True, update_uid=True, update_gid=True, update_size=True,
+        update_atime=True, update_mtime=True, update_ctime=True,
+    ),
+}  # fmt: skip
+
+
+def handlers() -> list[str]:
+    return [
+        name
+        for name, method in vars(Filesystem).items()
+        if not name.startswith("_") and inspect.iscoroutinefunction(inspect.unwrap(method))
+    ]
+
+
+def arguments(method: Callable[..., Any]) -> dict[str, Any]:
+    """Arguments by their names."""
+    return {name: ARGUMENTS[name] for name in inspect.signature(method).parameters}
+
+
+@pytest.mark.parametrize("name", handlers())
+async def test_no_exception_but_fuseerror_leaves_a_handler(
+    filesystem: Filesystem, store: Store, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever breaks beneath it: here all of the store, and the handle was never given."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("unforeseen")
+
+    method = getattr(filesystem, name)
+    with monkeypatch.context() as beneath:
+        for attribute, value in vars(Store).items():
+            if inspect.isfunction(value) and not attribute.startswith("__"):
+                beneath.setattr(store, attribute, broken)
+        try:
+            await method(**arguments(method))
+        except pyfuse3.FUSEError as error:
+            assert error.errno > 0
