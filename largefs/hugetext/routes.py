@@ -5,6 +5,7 @@ connection of its own in a private mount namespace, and hands it that file as a 
 Nothing of it remains. docs/routes.md tells users the rules.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -119,7 +120,7 @@ def max_pages_limit() -> int | None:
 
 
 def filesystem_type(path: str | os.PathLike[str]) -> str:
-    """Type of the filesystem that holds `path`, as in mountinfo; '' if not found."""
+    """Type of the filesystem that holds `path`, as in mountinfo; 'unknown' if not found."""
     inside = os.path.realpath(path)
     found = ""
     longest = -1
@@ -127,7 +128,17 @@ def filesystem_type(path: str | os.PathLike[str]) -> str:
         root = mount.mountpoint.rstrip("/") + "/"
         if (inside + "/").startswith(root) and len(root) >= longest:
             found, longest = mount.fstype, len(root)
-    return found
+    return found or _filesystem_type_outside(inside)
+
+
+def _filesystem_type_outside(path: str) -> str:
+    """The same in a chroot, from where the mount that holds `path` cannot be seen."""
+    with contextlib.suppress(OSError):
+        device = os.stat(path).st_dev
+        for mount in mappings.mounts(1):
+            if mount.device == device:
+                return mount.fstype
+    return "unknown"
 
 
 def _passthrough(offered: int | None, warmed: "_Warmed", fuse: "_Fuse", fstype: str) -> Offer:
@@ -306,7 +317,7 @@ def _connect(fd: int, depth: int) -> int:
     offered.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    clone_newns, ms_private, ms_rec = 0x20000, 1 << 18, 1 << 14
+    clone_newns, ms_private = 0x20000, 1 << 18
 
     def check(result: int) -> None:
         if result:
@@ -315,9 +326,10 @@ def _connect(fd: int, depth: int) -> int:
     device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     try:
         check(libc.unshare(clone_newns))
-        check(libc.mount(None, b"/", None, ctypes.c_ulong(ms_rec | ms_private), None))
+        # Any mountpoint will do: nobody else sees this mount, and nothing is looked up in it. The
+        # root is none in a chroot.
+        check(libc.mount(None, b"/proc", None, ctypes.c_ulong(ms_private), None))
         options = f"fd={device},rootmode=40000,user_id=0,group_id=0".encode()
-        # Any directory will do: nobody else sees this mount, and nothing is looked up in it.
         check(libc.mount(b"largefs-probe", b"/proc", b"fuse", ctypes.c_ulong(0), options))
         request = os.read(device, 1 << 16)
         unique, flags = (

@@ -3,6 +3,7 @@
 import os
 import pickle
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,28 @@ def test_passthrough_works(fstype: str, filesystem: Callable[[str], Path], disk:
     assert found.best.route is Route.PASSTHROUGH
     assert found.offered is not None and found.offered & FUSE_PASSTHROUGH
     assert found.stack_depth == 1
+
+
+# The directories of / mounted below a directory that is itself no mountpoint, and that as the root.
+CHROOT = """
+set -eu
+cd "$1"
+for d in /*; do
+    if [ -L "$d" ]; then cp -P "$d" .; elif [ -d "$d" ]; then mkdir ".$d"; mount --rbind "$d" ".$d"; fi
+done
+mkdir -p store
+exec chroot . "$2" -c 'from largefs.hugetext.routes import *
+print(filesystem_type("/store"), probe("/store").best.route.name)'
+"""
+
+
+@modern
+def test_in_a_chroot_that_is_no_mountpoint(disk: Path) -> None:
+    root = disk / "root"
+    root.mkdir()
+    argv = ["unshare", "-m", "sh", "-c", CHROOT, "sh", root, sys.executable]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.stdout.split() == [routes.filesystem_type(disk), "PASSTHROUGH"], done.stderr
 
 
 @modern
