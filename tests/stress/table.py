@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.mounts import LARGEFS, Mounts
 
-IMAGE = 3 << 30  # bytes, sparse
+IMAGE = 8 << 30  # bytes, sparse
 
 
 @contextlib.contextmanager
