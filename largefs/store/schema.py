@@ -42,7 +42,8 @@ CREATE TABLE inodes (
     ctime_ns INTEGER NOT NULL,
     btime_ns INTEGER NOT NULL,   -- creation of the inode in this store
     huge     INTEGER NOT NULL CHECK (huge IN (0, 1)),
-                                 -- 1: has eligible text; st_blksize is 2 MiB, space comes in extents
+                                 -- 1: has eligible text, or was made executable and is being written:
+                                 -- st_blksize is 2 MiB, and space comes in extents
     writing  INTEGER NOT NULL CHECK (writing IN (0, 1))
                                  -- 1: may have been written since its extents rows were made
 ) STRICT;

@@ -475,7 +475,8 @@ class Store:
         """Make an inode of any type and name it; EEXIST, ENAMETOOLONG, ENOENT for a dead parent.
 
         A directory with the set-group-ID bit gives its group to what is made in it, and the bit to
-        directories (inode(7)). A regular file gets its empty backing file and is open for writing.
+        directories (inode(7)). A regular file gets its empty backing file and is open for writing;
+        one that is executable passes for one with eligible text until what it holds is recorded.
         """
         self._check_room()
         _check_name(name)
@@ -505,7 +506,7 @@ class Store:
                     now,
                     now,
                     now,
-                    0,
+                    int(regular and bool(mode & 0o111)),
                     int(regular),
                 ),
             )

@@ -79,6 +79,20 @@ def test_route(
     assert path.read_bytes() == program("bigtext").read_bytes()
 
 
+def test_program_copied_into_the_mount(route: str, mounts: Mounts) -> None:
+    """A new file that is executable gets large folios at once, by the route that needs no warm-up."""
+    if route != "folio":
+        pytest.skip("this kernel has no folio route")
+    mount = mounts.make(f"route={Route.FOLIO.value}")
+    path = mount.path / "bigtext"
+    subprocess.run(["cp", program("bigtext"), path], check=True)
+    pages.drop_caches()
+    with at_work(path) as pid:
+        reached = pages.coverage(pid, path)
+    assert reached.touched >= BIGTEXT_BLOCKS * pages.PMD
+    assert reached.ratio >= 0.95
+
+
 def test_node(
     route: str,
     mounts: Mounts,

@@ -16,11 +16,12 @@ from largefs.filesystem.daemon import Mount
 from largefs.filesystem.files import Files
 from largefs.filesystem.operations import Filesystem
 from largefs.filesystem.options import Options
-from largefs.store import ROOT_INODE, Store
+from largefs.store import EXTENT_SIZE, ROOT_INODE, Store
 from largefs.store.store import fail
 
 CONTEXT: Any = SimpleNamespace(uid=0, gid=0, pid=1, umask=0o022)
-FILE = stat.S_IFREG | 0o644
+S_IFREG = stat.S_IFREG
+FILE = S_IFREG | 0o644
 
 
 @pytest.fixture
@@ -61,6 +62,17 @@ async def test_a_file_lives_as_long_as_the_kernel_holds_it(
     assert error_of(raised) == errno.ENOENT
     store.commit()
     assert not list((store.path / "extents").glob("*/*"))
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o755])
+async def test_blksize_of_a_new_file(filesystem: Filesystem, store: Store, mode: int) -> None:
+    """What is made executable may get text: the kernel asks only once whether folios may be large."""
+    info, entry = await filesystem.create(ROOT_INODE, b"f", S_IFREG | mode, os.O_RDWR, CONTEXT)
+    assert (entry.st_blksize == EXTENT_SIZE) == bool(mode & 0o111)
+    await filesystem.write(info.fh, 0, b"#!/bin/sh\n")
+    await filesystem.release(info.fh)
+    assert (await filesystem.getattr(entry.st_ino, CONTEXT)).st_blksize < EXTENT_SIZE
+    assert not store.get(entry.st_ino).huge
 
 
 async def test_create_leaves_nothing_when_the_file_cannot_be_opened(
