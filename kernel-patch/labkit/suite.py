@@ -1,6 +1,7 @@
 """`lab test`: the kernel suite in each kernel's guest, and the table of what came of it."""
 
 import os
+import shlex
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,10 +32,14 @@ class Result:
     wrong: list[str] = field(default_factory=list)
 
 
-def test(entries: list[Entry]) -> int:
-    """Test the entries one after another, print the table; 1 if anything failed."""
+def test(entries: list[Entry], options: list[str]) -> int:
+    """Test the entries one after another, with options for pytest, and print the table.
+
+    Returns 1 if anything failed.
+    """
     _prepare()
-    results = [_test(entry) for entry in entries]
+    command = f"{COMMAND} {shlex.join(options)}"
+    results = [_test(entry, command) for entry in entries]
     _compare_servers(results)
     print(_table(results))
     for r in results:
@@ -79,11 +84,11 @@ def _compare_servers(results: list[Result]) -> None:
                 r.wrong.append(f"{path} differs from the stock kernel's")
 
 
-def _test(entry: Entry) -> Result:
+def _test(entry: Entry, command: str) -> Result:
     try:
         image = build(entry)
         say(f"testing {entry.name} in a guest")
-        outcome = boot(entry, image, COMMAND, TIMEOUT)
+        outcome = boot(entry, image, command, TIMEOUT)
     except CannotRunError:
         raise
     except LabError as e:
