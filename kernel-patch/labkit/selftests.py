@@ -31,7 +31,7 @@ def selftests(entry: Entry, command: list[str]) -> int:
         raise LabError(f"{entry.name} is without the series, and so without its selftests")
     image, programs = build(entry), _built(entry)
     say(f"running the selftests on {entry.name} in a guest")
-    there = f"mount -t tmpfs tmpfs /tmp && cd {shlex.quote(str(programs))}"
+    there = f"cd {shlex.quote(str(programs))} && mount -t tmpfs tmpfs /tmp"
     outcome = boot(entry, image, f"{there} && {shlex.join(command) or EVERYTHING}", TIMEOUT)
     wrong = problems(outcome)
     print("\n".join(wrong) or f"{entry.name}: all passed, in {outcome.seconds:.0f} s")
