@@ -276,7 +276,12 @@ class Files:
         ticket = self._tickets.get(inode)
         if ticket is None:
             return  # written again, or removed
-        content, huge = await trio.to_thread.run_sync(self._look_at, inode)
+        try:
+            content, huge = await trio.to_thread.run_sync(self._look_at, inode)
+        except OSError:
+            if self._tickets.get(inode) == ticket:
+                raise
+            return  # as ENXIO of lseek(2): it was cut off while it was read
         if self._tickets.get(inode) != ticket:
             return
         del self._tickets[inode]

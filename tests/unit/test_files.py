@@ -37,3 +37,28 @@ async def test_what_cannot_be_settled_stays_in_writing(
         files.finish()
         assert inode not in files.writing
         assert store.get(inode).size == size
+
+
+@pytest.mark.parametrize("written_again", [True, False])
+async def test_reading_for_the_checksums_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written_again: bool
+) -> None:
+    """Of a file that is truncated meanwhile, lseek(2) may say ENXIO: its next closing sums it."""
+    Store.create(tmp_path / "store")
+    with Store.open(tmp_path / "store", "a test") as store:
+        files = Files(store, Commits(store, 5), None)
+        inode = store.make(ROOT_INODE, b"f", stat.S_IFREG | 0o644, 0, 0).id
+
+        def cut_off(inode: int) -> None:
+            if written_again:
+                files._tickets.pop(inode)
+            raise fail(errno.ENXIO)
+
+        monkeypatch.setattr(files, "_look_at", cut_off)
+        files.sum_later(inode)
+        if written_again:
+            await files._sum(inode)
+        else:
+            with pytest.raises(OSError, match="No such device or address"):
+                await files._sum(inode)
+        files._tickets.clear()
