@@ -80,6 +80,15 @@ def wait_until_blocked(child: subprocess.Popen[bytes]) -> None:
     raise AssertionError("the program did not fill its pipe")
 
 
+def imported_node(mounts: Mounts, tmp_path: Path, *options: str) -> Mount:
+    """A mount of an import of node's program alone."""
+    source = tmp_path / "source"
+    source.mkdir()
+    node = os.path.realpath(shutil.which("node") or pytest.skip("nodejs is not installed"))
+    shutil.copy2(node, source / "node")
+    return imported(mounts, source, *options)
+
+
 def test_node(mounts: Mounts, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
@@ -153,11 +162,7 @@ def test_libllvm(mounts: Mounts, tmp_path: Path) -> None:
 
 def test_small_pages_without_warm_up(mounts: Mounts, tmp_path: Path) -> None:
     """The counter-proof: it is the warm-up that does it."""
-    source = tmp_path / "source"
-    source.mkdir()
-    node = os.path.realpath(shutil.which("node") or pytest.skip("nodejs is not installed"))
-    shutil.copy2(node, source / "node")
-    mount = imported(mounts, source, "hugetext=off")
+    mount = imported_node(mounts, tmp_path, "hugetext=off")
     with at_work(mount.path / "node", "-e", "console.log(1); process.stdin.resume()") as child:
         assert child.stdout is not None
         child.stdout.readline()
@@ -166,11 +171,7 @@ def test_small_pages_without_warm_up(mounts: Mounts, tmp_path: Path) -> None:
 
 
 def test_the_program_goes_on_when_the_daemon_is_killed(mounts: Mounts, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    node = os.path.realpath(shutil.which("node") or pytest.skip("nodejs is not installed"))
-    shutil.copy2(node, source / "node")
-    mount = imported(mounts, source)
+    mount = imported_node(mounts, tmp_path)
     echo = "process.stdin.on('data', d => console.log(eval(d.toString())))"
     with at_work(mount.path / "node", "-e", echo) as child:
         assert child.stdin is not None
@@ -195,15 +196,11 @@ def test_the_program_goes_on_when_the_daemon_is_killed(mounts: Mounts, tmp_path:
         )
         assert child.poll() is None
         mount.mount()  # the store mounts again by itself
-        assert (mount.path / "node").stat().st_size == os.stat(node).st_size
+        assert (mount.path / "node").stat().st_size == (tmp_path / "source/node").stat().st_size
 
 
 def test_the_command_warms_what_is_cached_in_small_folios(mounts: Mounts, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    node = os.path.realpath(shutil.which("node") or pytest.skip("nodejs is not installed"))
-    shutil.copy2(node, source / "node")
-    mount = imported(mounts, source, "hugetext=off")
+    mount = imported_node(mounts, tmp_path, "hugetext=off")
     (mount.path / "node").read_bytes()  # now it is cached, in whatever folios
     said = largefs("warm", mount.path / "node").stdout
     done, wanted = re.match(r"(\d+) of (\d+) MiB", said).groups()
