@@ -25,11 +25,10 @@ class Commits:
         async with self._lock:
             if not self._store.uncommitted:
                 return
-            flushed = self._store.to_flush()
-            if flushed:
-                await trio.to_thread.run_sync(self._store.backing.flush, flushed)
+            if to_flush := self._store.to_flush():
+                await trio.to_thread.run_sync(self._store.backing.flush, to_flush)
             try:
-                dropped = self._store.finish_commit(flushed)
+                dropped = self._store.finish_commit()
             except ReadOnlyError as e:
                 log.critical("%s", e)
                 raise fail(errno.EROFS) from None

@@ -127,6 +127,7 @@ class Store:
         self.unsettled = []
         self._new: set[int] = set()  # made since the last commit
         self._settled: set[int] = set()  # clean as soon as their extents are durable
+        self._flushing: set[int] = set()  # of those, the ones whose extents a commit is flushing
         self._marked: set[int] = set()  # writing = 1 since the last commit, clean on disk
         self._dropped: list[int] = []  # to be removed after the next commit
         self._failed = False
@@ -358,21 +359,26 @@ class Store:
     @property
     def uncommitted(self) -> bool:
         """Whether there is anything for `commit` to do."""
-        return bool(self.db.in_transaction or self._settled or self._dropped)
+        return bool(self.db.in_transaction or self._settled or self._flushing or self._dropped)
 
     def to_flush(self) -> list[int]:
-        """First step of a commit: the inodes whose extents must be durable before it."""
-        return list(self._settled | self._new)
+        """First step of a commit: the inodes whose extents must be durable before it.
 
-    def finish_commit(self, flushed: Iterable[int]) -> list[int]:
-        """Last step of a commit, after the extents of `flushed` were made durable.
+        One that is written and settled again while they are flushed is clean after the next commit.
+        """
+        self._flushing |= self._settled
+        self._settled.clear()
+        return list(self._flushing | self._new)
+
+    def finish_commit(self) -> list[int]:
+        """Last step of a commit, after the extents of `to_flush` were made durable.
 
         Returns the inodes whose backing files are to be removed now. Raises ReadOnlyError or, where
         trying again later can help, DiskFullError or StoreError.
         """
         if self._failed:
             raise ReadOnlyError(f"{self.path}: an earlier write failed; unmount and check the disk")
-        done = [(i,) for i in flushed if i in self._settled]
+        done = [(i,) for i in self._flushing]
         try:
             if done:
                 with self.change():
@@ -385,7 +391,7 @@ class Store:
                 self._failed = True
                 raise ReadOnlyError(f"{self.path}: metadata lost: {_reason(e)}") from e
             raise StoreError(f"{self.path}: cannot commit: {_reason(e)}") from e
-        self._settled.difference_update(i for (i,) in done)
+        self._flushing.clear()
         self._new.clear()
         self._marked.clear()
         dropped, self._dropped = self._dropped, []
@@ -393,9 +399,8 @@ class Store:
 
     def commit(self) -> None:
         """Make every change so far durable. Blocks; raises StoreError or OSError."""
-        flushed = self.to_flush()
-        self.backing.flush(flushed)
-        for inode in self.finish_commit(flushed):
+        self.backing.flush(self.to_flush())
+        for inode in self.finish_commit():
             self.backing.remove(inode)
 
     # ------------------------------------------------------------------------------------ reading
@@ -715,7 +720,7 @@ class Store:
         with self.change():
             regular = stat.S_ISREG(self.get(inode).mode)
             self._drop_rows(inode)
-        self._settled.discard(inode)
+        self._not_settled(inode)
         self._new.discard(inode)
         if regular:
             self._dropped.append(inode)
@@ -786,7 +791,7 @@ class Store:
         True: the file was clean on disk, so the caller must `commit` before it lets anyone write,
         or a crash would leave checksums that claim too much.
         """
-        self._settled.discard(inode)
+        self._not_settled(inode)
         if not self.get(inode).writing:
             with self.change():
                 self.db.execute("UPDATE inodes SET writing = 1 WHERE id = ?", (inode,))
@@ -794,6 +799,10 @@ class Store:
             if inode not in self._new:
                 self._marked.add(inode)
         return inode in self._marked
+
+    def _not_settled(self, inode: int) -> None:
+        self._settled.discard(inode)
+        self._flushing.discard(inode)
 
     def has_writer(self, inode: int) -> bool:
         """Whether a process has the backing file open for writing, or mapped so; raises OSError."""

@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 import pytest
+import trio
 
 from largefs.filesystem.commits import Commits
 from largefs.filesystem.files import SETTLE_AT_ONCE, Files, handle
@@ -62,3 +63,38 @@ async def test_reading_for_the_checksums_fails(
             with pytest.raises(OSError, match="No such device or address"):
                 await files._sum(inode)
         files._tickets.clear()
+
+
+async def test_written_again_while_a_commit_flushes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written behind the flush is not durable, so the file must not count as clean."""
+    Store.create(tmp_path / "store")
+    with Store.open(tmp_path / "store", "a test") as store:
+        commits = Commits(store, 5)
+        files = Files(store, commits, None)
+        inode = store.make(ROOT_INODE, b"f", stat.S_IFREG | 0o644, 0, 0).id
+
+        async def write(data: bytes) -> None:
+            await files.open(inode, writable=True)
+            fh = handle(inode, writable=True)
+            os.pwrite(files.write_fd(fh), data, 0)
+            files.release(fh)
+
+        flush, flushed = store.backing.flush, []
+
+        def flush_slowly(inodes: list[int]) -> None:
+            flush(inodes)
+            flushed.extend(inodes)
+            if len(flushed) == 1:
+                trio.from_thread.run(write, b"second")
+
+        await write(b"first")
+        with monkeypatch.context() as disk:
+            disk.setattr(store.backing, "flush", flush_slowly)
+            await commits.commit()
+            assert flushed == [inode]
+            assert store.get(inode).writing, "the second content was never flushed"
+            await commits.commit()
+            assert flushed == [inode, inode]
+            assert not store.get(inode).writing

@@ -346,9 +346,8 @@ class StoreModel(RuleBasedStateMachine):
     @precondition(lambda self: self.store.uncommitted)
     @rule()
     def crash_before_backing_files_are_removed(self) -> None:
-        flushed = self.store.to_flush()
-        self.store.backing.flush(flushed)
-        dropped = self.store.finish_commit(flushed)
+        self.store.backing.flush(self.store.to_flush())
+        dropped = self.store.finish_commit()
         self.committed = copy.deepcopy(self.tree)
         if dropped:
             self.store.backing.remove(dropped[0])
