@@ -7,7 +7,6 @@ out with cp(1), and checked extent by extent.
 import ctypes
 import errno
 import fcntl
-import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -65,7 +64,7 @@ def extents_with_data(fd: int, size: int) -> Iterator[int]:
             done = number
 
 
-def checksum(data: bytes | bytearray | memoryview | mmap.mmap) -> bytes:
+def checksum(data: bytes | bytearray | memoryview) -> bytes:
     """The checksum of an extent's bytes: xxh3-128, canonical form."""
     return xxhash.xxh3_128_digest(data)
 
@@ -84,20 +83,6 @@ def checksums(fd: int, size: int) -> list[tuple[int, bytes]]:
         if got < length:
             view[got:] = bytes(length - got)
         result.append((number, checksum(view)))
-    return result
-
-
-def checksums_by_mapping(fd: int, size: int) -> list[tuple[int, bytes]]:
-    """As `checksums`, without a copy: only for a file that nobody else can truncate."""
-    if not size:
-        return []
-    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-    result = []
-    for number in extents_with_data(fd, size):
-        offset = number * EXTENT_SIZE
-        length = min(EXTENT_SIZE, size - offset)
-        with mmap.mmap(fd, length, flags, mmap.PROT_READ, offset=offset) as mapping:
-            result.append((number, checksum(mapping)))
     return result
 
 
