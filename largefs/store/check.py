@@ -146,13 +146,12 @@ def _hold(path: Path, *, repair: bool) -> Iterator[apsw.Connection]:
     if other := owner.foreign_and_alive(path):
         raise BusyError(f"{path}: in use: {other}; end that first")
     if repair:
-        db = connect(meta)
-        holder = owner.Holder(path, "check --repair")
-        try:
-            yield db
-        finally:
-            db.close()
-            holder.release()
+        with contextlib.closing(connect(meta)) as db:
+            holder = owner.Holder(path, "check --repair")
+            try:
+                yield db
+            finally:
+                holder.release()
         return
     with _to_look_at(meta) as db:
         yield db

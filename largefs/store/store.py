@@ -198,11 +198,7 @@ class Store:
         try:
             self._start(purpose)
         except BaseException as e:
-            self.db.close()
-            self.backing.close()
-            os.close(self._log)
-            if self._holder:
-                self._holder.release()
+            self._let_go()
             if isinstance(e, (OSError, apsw.Error)):
                 raise StoreError(f"{path}: cannot open: {_reason(e)}") from e
             raise
@@ -286,11 +282,16 @@ class Store:
                     self.db.execute("UPDATE superblock SET clean = 1")
                 self.commit()
         finally:
-            self.db.close()
-            self.backing.close()
-            os.close(self._log)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        try:
             if self._holder:
                 self._holder.release()
+        finally:
+            self.db.close()  # and its lock goes
+            self.backing.close()
+            os.close(self._log)
 
     def __enter__(self) -> "Store":
         return self

@@ -3,11 +3,12 @@
 import errno
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from largefs.store import ROOT_INODE, Store, backing
+from largefs.store import ROOT_INODE, BusyError, Store, backing, check, owner
 from largefs.store.store import fail
 from largefs.transfer.importer import Importer
 
@@ -40,3 +41,29 @@ def test_a_cloned_file_that_cannot_be_read_is_left_out(
         tally = Importer(store).run(os.fsencode(tmp_path / "source"))
         assert [reason for _, reason in tally.failed] == [os.strerror(errno.EIO)]
         assert store.find(ROOT_INODE, b"f") is None
+
+
+def test_the_record_of_the_holder_goes_before_the_lock(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one who opens the store in between loses its own."""
+    release = owner.Holder.release
+
+    def while_another_opens(holder: owner.Holder) -> None:
+        with pytest.raises(BusyError):
+            Store.open(path, "another")
+        release(holder)
+
+    monkeypatch.setattr(owner.Holder, "release", while_another_opens)
+    Store.open(path, "test").close()
+    assert owner.read(path) is None
+    check.check(path, repair=True)
+    assert owner.read(path) is None
+
+
+def test_nobody_removes_the_record_of_another(path: Path) -> None:
+    holder = owner.Holder(path, "test")
+    another = replace(owner.current("another host"), machine="another")
+    owner.write(path, another)
+    holder.release()
+    assert owner.read(path) == another
