@@ -84,9 +84,7 @@ class Dentry(NamedTuple):
 class Content:
     """What a backing file holds, read from it."""
 
-    size: int
-    blocks: int
-    mtime_ns: int
+    st: os.stat_result
     checksums: list[tuple[int, bytes]]
 
 
@@ -105,6 +103,22 @@ _NEW = (
     f"INSERT INTO inodes ({_COLUMNS})"  # noqa: S608
     " VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
+
+
+def as_written(row: Inode, st: os.stat_result) -> Inode:
+    """The inode of a file that may have been written, as its backing file has it.
+
+    The backing file's ctime is that of the writing, but a copy of the store moves it as well, so it
+    counts only where the file was written. It comes from a coarser clock than this row's, which must
+    not go back.
+    """
+    written = (st.st_size, st.st_mtime_ns) != (row.size, row.mtime_ns)
+    return row._replace(
+        size=st.st_size,
+        blocks=st.st_blocks,
+        mtime_ns=st.st_mtime_ns,
+        ctime_ns=max(row.ctime_ns, st.st_ctime_ns) if written else row.ctime_ns,
+    )
 
 
 def fail(number: int) -> OSError:
@@ -234,10 +248,7 @@ class Store:
             except FileNotFoundError:  # never flushed, so never promised
                 os.close(self.backing.make(inode))
                 st = self.backing.stat(inode)
-            self.db.execute(
-                "UPDATE inodes SET size = ?, blocks = ?, mtime_ns = ? WHERE id = ?",
-                (st.st_size, st.st_blocks, st.st_mtime_ns, inode),
-            )
+            self.record_stat(inode, st)
             self.db.execute("DELETE FROM extents WHERE inode = ?", (inode,))
             self.unsettled.append(inode)
 
@@ -815,22 +826,23 @@ class Store:
         with self.backing.opened(inode) as fd:
             st = os.fstat(fd)
             sums = backing.checksums(fd, st.st_size)
-            return Content(st.st_size, st.st_blocks, st.st_mtime_ns, sums)
+            return Content(st, sums)
 
     def record_content(self, inode: int, content: Content, *, huge: bool | None = None) -> None:
         """Record what a file holds now that nobody writes it; it is clean after a commit."""
         with self.change():
-            row = self.get(inode)
-            self.set_attributes(
-                inode,
-                size=content.size,
-                blocks=content.blocks,
-                mtime_ns=content.mtime_ns,
-                ctime_ns=max(row.ctime_ns, content.mtime_ns),
-                huge=row.huge if huge is None else int(huge),
-            )
+            self.record_stat(inode, content.st)
+            if huge is not None:
+                self.set_attributes(inode, huge=int(huge))
             self.set_checksums(inode, content.checksums)
         self._settled.add(inode)
+
+    def record_stat(self, inode: int, st: os.stat_result) -> None:
+        """Record size, blocks and times of a file as its backing file has them."""
+        row = as_written(self.get(inode), st)
+        self.set_attributes(
+            inode, size=row.size, blocks=row.blocks, mtime_ns=row.mtime_ns, ctime_ns=row.ctime_ns
+        )
 
     def set_checksums(self, inode: int, checksums: list[tuple[int, bytes]]) -> None:
         """Replace the checksums of an inode's extents."""

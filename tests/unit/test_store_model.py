@@ -307,7 +307,7 @@ class StoreModel(RuleBasedStateMachine):
         content = self.store.content(inode)
         self.store.record_content(inode, content)
         self.tree[inode].writing = False
-        self.tree[inode].mtime_ns = content.mtime_ns
+        self.tree[inode].mtime_ns = content.st.st_mtime_ns
 
     # -------------------------------------------------------------------------------- durability
 
