@@ -196,7 +196,7 @@ class Filesystem(pyfuse3.Operations):
                 acl.follow_mode(self._store, inode, columns["mode"])
             self._store.set_attributes(inode, **columns)
             if fields.update_mtime and stat.S_ISREG(row.mode):
-                self._store.set_backing_times(
+                self._store.backing.set_times(
                     inode, columns.get("atime_ns", row.atime_ns), attr.st_mtime_ns
                 )
         return self._attributes(self._store.get(inode))

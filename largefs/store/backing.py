@@ -159,6 +159,25 @@ class BackingFiles:
         """stat(2) of an inode's backing file; raises OSError."""
         return os.stat(self.name(inode), dir_fd=self.fd, follow_symlinks=False)
 
+    def set_times(self, inode: int, atime_ns: int, mtime_ns: int) -> None:
+        """Move the times of a backing file, which hold the truth while it is written."""
+        os.utime(self.name(inode), ns=(atime_ns, mtime_ns), dir_fd=self.fd, follow_symlinks=False)
+
+    def mtime_as_kept(self, mtime_ns: int) -> int:
+        """What the backing filesystem makes of an mtime: it may know no year 1850, or only whole seconds.
+
+        Tried on a file without a name; where there is none to be had, the time as it is.
+        """
+        try:
+            fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+        except OSError:
+            return mtime_ns
+        try:
+            os.utime(fd, ns=(mtime_ns, mtime_ns))
+            return os.fstat(fd).st_mtime_ns
+        finally:
+            os.close(fd)
+
     def numbers(self) -> Iterator[int]:
         """Yield the inode of every backing file; names that are none of ours are passed over."""
         for bucket in range(256):

@@ -793,9 +793,12 @@ class _Check:
                 mend=self._sql("DELETE FROM extents WHERE inode = ? AND number = ?", inode, number),
             )
         self._holes(fd, inode, size, sums)
-        as_recorded = (st.st_size, st.st_mtime_ns) == (size, times[1])
-        if as_recorded or (not self._clean and st.st_size == size):
-            return  # after a crash a time that was set may have reached only one of the two
+        if st.st_size == size and (
+            st.st_mtime_ns == times[1]
+            or not self._clean  # a time that was set may have reached only one of the two
+            or st.st_mtime_ns == self._backing.mtime_as_kept(times[1])
+        ):
+            return
         intact = self._is_intact(fd, inode, size)
         if st.st_size > size:
             self._longer(inode, size, st, intact=intact)
@@ -805,13 +808,8 @@ class _Check:
                 f"{name} was changed behind the store's back"
                 + ("; its data is as recorded" if intact else ", and its data is not as recorded"),
                 inode,
-                mend_files=(lambda: self._backing_times(inode, times)) if intact else None,
+                mend_files=(lambda: self._backing.set_times(inode, *times)) if intact else None,
             )
-
-    def _backing_times(self, inode: int, times: tuple[int, int]) -> None:
-        os.utime(
-            self._backing.name(inode), ns=times, dir_fd=self._backing.fd, follow_symlinks=False
-        )
 
     def _longer(self, inode: int, size: int, st: os.stat_result, *, intact: bool) -> None:
         """A backing file with more at its end than was recorded: take it in if the rest is intact."""

@@ -275,7 +275,7 @@ class Store:
             with contextlib.suppress(FileNotFoundError):  # `largefs check` reports that
                 st = self.backing.stat(inode)
                 if st.st_size == size and st.st_mtime_ns != mtime_ns:
-                    self.set_backing_times(inode, atime_ns, mtime_ns)
+                    self.backing.set_times(inode, atime_ns, mtime_ns)
 
     def close(self) -> None:
         """Commit and let the store go. Inodes still unsettled are settled here.
@@ -747,7 +747,7 @@ class Store:
     def set_attributes(self, inode: int, **columns: int) -> None:
         """Set columns of an inode, as the schema names them.
 
-        The times of a regular file's backing file are the caller's business (`set_backing_times`).
+        The times of a regular file's backing file are the caller's business (`BackingFiles.set_times`).
         """
         assignments = ", ".join(f"{column} = ?" for column in columns)
         with self.change():
@@ -755,15 +755,6 @@ class Store:
                 f"UPDATE inodes SET {assignments} WHERE id = ?",  # noqa: S608
                 (*columns.values(), inode),
             )
-
-    def set_backing_times(self, inode: int, atime_ns: int, mtime_ns: int) -> None:
-        """Move the times of a backing file, which hold the truth while it is written."""
-        os.utime(
-            self.backing.name(inode),
-            ns=(atime_ns, mtime_ns),
-            dir_fd=self.backing.fd,
-            follow_symlinks=False,
-        )
 
     def xattr(self, inode: int, name: bytes) -> bytes:
         """The value of an extended attribute; ENODATA."""

@@ -400,6 +400,18 @@ def test_a_touched_backing_file_gets_its_time_back_if_its_data_is_intact(path: P
     assert kinds(check(path)) == {"backing-mtime"}
 
 
+def test_a_time_that_the_backing_filesystem_cannot_keep_is_no_problem(tmp_path: Path) -> None:
+    """ext4 knows no year before 1901, and in small inodes only whole seconds."""
+    _make(path := tmp_path / "store")
+    for mtime_ns in (-3_786_825_600 * 10**9, 2**63 - 1, 10**9 + 1):  # from the year 1850 on
+        with Store.open(path, "test") as s:
+            s.set_attributes(FILE, mtime_ns=mtime_ns)
+            s.backing.set_times(FILE, 0, mtime_ns)
+        for repair in (False, True):
+            report = check(path, repair=repair)
+            assert not report.problems, lines(report)
+
+
 def test_a_missing_file_that_held_only_holes_is_made_again(path: Path) -> None:
     backing_file(path, HOLE).unlink()
     assert kinds(check(path)) == {"backing-missing"}
@@ -464,7 +476,7 @@ def _leave_much_open(s: Store) -> None:
     s.unlink(DIRECTORY, b"file")  # and not dropped: somebody has it open
     s.commit()
     s.set_attributes(HOLE, mtime_ns=5)
-    s.set_backing_times(HOLE, 5, 5)  # the time is on disk, its transaction is not
+    s.backing.set_times(HOLE, 5, 5)  # the time is on disk, its transaction is not
     s.make(ROOT_INODE, b"never committed", stat.S_IFREG | 0o644, 0, 0)
 
 

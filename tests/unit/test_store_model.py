@@ -245,7 +245,7 @@ class StoreModel(RuleBasedStateMachine):
             return  # while it is written the backing file holds the truth
         self.tree[inode].mtime_ns = mtime_ns
         self.store.set_attributes(inode, mtime_ns=mtime_ns)
-        self.store.set_backing_times(inode, 0, mtime_ns)
+        self.store.backing.set_times(inode, 0, mtime_ns)
 
     @rule(what=PLACES, name=NAMES, value=st.binary(max_size=50))
     def set_xattr(self, what: int, name: bytes, value: bytes) -> None:
