@@ -15,6 +15,7 @@ that the system call has by its man page; a store that cannot be used, as StoreE
 
 import contextlib
 import errno
+import logging
 import os
 import stat
 import time
@@ -36,6 +37,8 @@ from largefs.store.errors import (
     ReadOnlyError,
     StoreError,
 )
+
+log = logging.getLogger(__name__)
 
 NAME_MAX = 255
 """Bytes of a name, as limits.h has it."""
@@ -135,6 +138,8 @@ class Store:
     uuid: str
     unsettled: list[int]
     """After `open`: inodes that a crash left open for writing, whose checksums are to be made."""
+    to_remove: set[int]
+    """Inodes whose drop is durable, and whose backing files `remove_dropped` has still to remove."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -144,6 +149,7 @@ class Store:
         self._flushing: set[int] = set()  # of those, the ones whose extents a commit is flushing
         self._marked: set[int] = set()  # writing = 1 since the last commit, clean on disk
         self._dropped: list[int] = []  # to be removed after the next commit
+        self.to_remove = set()
         self._failed = False
         self._holder: owner.Holder | None = None
         self._full = False  # the last commit found no room
@@ -382,11 +388,10 @@ class Store:
         self._settled.clear()
         return list(self._flushing | self._new)
 
-    def finish_commit(self) -> list[int]:
-        """Last step of a commit, after the extents of `to_flush` were made durable.
+    def finish_commit(self) -> None:
+        """Third step of a commit, after the extents of `to_flush` were made durable.
 
-        Returns the inodes whose backing files are to be removed now. Raises ReadOnlyError or, where
-        trying again later can help, DiskFullError or StoreError.
+        Raises ReadOnlyError or, where trying again later can help, DiskFullError or StoreError.
         """
         if self._failed:
             raise ReadOnlyError(f"{self.path}: an earlier write failed; unmount and check the disk")
@@ -406,14 +411,27 @@ class Store:
         self._flushing.clear()
         self._new.clear()
         self._marked.clear()
-        dropped, self._dropped = self._dropped, []
-        return dropped
+        self.to_remove.update(self._dropped)
+        self._dropped.clear()
+
+    def remove_dropped(self) -> None:
+        """Last step of a commit: remove the backing files of dropped inodes. For any thread.
+
+        What is interrupted, or fails, is left for the next commit.
+        """
+        for inode in list(self.to_remove):
+            try:
+                self.backing.remove(inode)
+            except OSError as e:
+                log.error("cannot remove the backing file of inode %d: %s", inode, e)
+            else:
+                self.to_remove.discard(inode)
 
     def commit(self) -> None:
         """Make every change so far durable. Blocks; raises StoreError or OSError."""
         self.backing.flush(self.to_flush())
-        for inode in self.finish_commit():
-            self.backing.remove(inode)
+        self.finish_commit()
+        self.remove_dropped()
 
     # ------------------------------------------------------------------------------------ reading
 

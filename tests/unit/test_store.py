@@ -1,5 +1,6 @@
 """A store on a disk that fails, and in the hands of more than one process."""
 
+import contextlib
 import errno
 import os
 import stat
@@ -7,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import trio
 
+from largefs.filesystem.commits import Commits
 from largefs.store import ROOT_INODE, BusyError, Store, backing, check, owner
 from largefs.store.store import fail
 from largefs.transfer.importer import Importer
@@ -67,3 +70,43 @@ def test_nobody_removes_the_record_of_another(path: Path) -> None:
     owner.write(path, another)
     holder.release()
     assert owner.read(path) == another
+
+
+def _with_a_dropped_file(store: Store) -> Path:
+    """Leave a file to be removed by the next commit; returns its backing file."""
+    inode = store.make(ROOT_INODE, b"removed", FILE, 0, 0).id
+    store.commit()
+    store.drop(store.unlink(ROOT_INODE, b"removed").id)
+    return store.path / "extents" / store.backing.name(inode)
+
+
+async def test_what_a_cancelled_commit_did_not_remove_goes_when_the_store_is_closed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when it is unmounted while a commit flushes."""
+    with Store.open(path, "test") as store:
+        removed = _with_a_dropped_file(store)
+        store.make(ROOT_INODE, b"to be flushed", FILE, 0, 0)
+        with trio.CancelScope() as scope, monkeypatch.context() as disk:
+            disk.setattr(store.backing, "flush", lambda _: trio.from_thread.run_sync(scope.cancel))
+            await Commits(store, 5).commit()
+        assert scope.cancelled_caught
+        assert removed.exists()
+    assert not removed.exists()
+    assert not check.check(path).problems
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), fail(errno.EIO)])
+def test_what_could_not_be_removed_is_tried_again(
+    path: Path, failure: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise failure
+
+    with Store.open(path, "test") as store:
+        removed = _with_a_dropped_file(store)
+        with monkeypatch.context() as disk, contextlib.suppress(KeyboardInterrupt):
+            disk.setattr(store.backing, "remove", failing)
+            store.commit()
+        assert removed.exists()
+    assert not removed.exists()

@@ -347,10 +347,10 @@ class StoreModel(RuleBasedStateMachine):
     @rule()
     def crash_before_backing_files_are_removed(self) -> None:
         self.store.backing.flush(self.store.to_flush())
-        dropped = self.store.finish_commit()
+        self.store.finish_commit()
         self.committed = copy.deepcopy(self.tree)
-        if dropped:
-            self.store.backing.remove(dropped[0])
+        for inode in list(self.store.to_remove)[:1]:
+            self.store.backing.remove(inode)
         self._crash()
 
     def _crash(self) -> None:
