@@ -24,9 +24,10 @@ class Commits:
         async with self._lock:
             if not self._store.uncommitted:
                 return
-            if to_flush := self._store.to_flush():
-                await trio.to_thread.run_sync(self._store.backing.flush, to_flush)
             try:
+                if to_flush := self._store.to_flush():
+                    with self._store.flushing():
+                        await trio.to_thread.run_sync(self._store.backing.flush, to_flush)
                 self._store.finish_commit()
             except ReadOnlyError as e:
                 log.critical("%s", e)

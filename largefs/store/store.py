@@ -388,6 +388,26 @@ class Store:
         self._settled.clear()
         return list(self._flushing | self._new)
 
+    @contextlib.contextmanager
+    def flushing(self) -> Iterator[None]:
+        """Around every flush of extents: when it fails the store takes no more changes.
+
+        The kernel reports an error of writeback once and then takes the pages for written, so a second
+        flush would succeed, and rows become clean over data that the disk never had (fsync(2), NOTES;
+        https://wiki.postgresql.org/wiki/Fsync_Errors). ENOSPC and EDQUOT are no exception: they come
+        from delayed allocation or a thin disk, with the data lost as for EIO. Raises ReadOnlyError, or
+        StoreError where there was no descriptor to flush with, which can be tried again.
+        """
+        try:
+            yield
+        except OSError as e:
+            if e.errno in (errno.EMFILE, errno.ENFILE):
+                raise StoreError(f"{self.path}: cannot commit: {_reason(e)}") from e
+            self._failed = True
+            raise ReadOnlyError(
+                f"{self.path}: data could not be written: {_reason(e)}; unmount and check the disk"
+            ) from e
+
     def finish_commit(self) -> None:
         """Third step of a commit, after the extents of `to_flush` were made durable.
 
@@ -428,8 +448,9 @@ class Store:
                 self.to_remove.discard(inode)
 
     def commit(self) -> None:
-        """Make every change so far durable. Blocks; raises StoreError or OSError."""
-        self.backing.flush(self.to_flush())
+        """Make every change so far durable. Blocks; raises StoreError."""
+        with self.flushing():
+            self.backing.flush(self.to_flush())
         self.finish_commit()
         self.remove_dropped()
 

@@ -110,6 +110,27 @@ async def test_ctime_is_when_it_was_changed_whatever_mtime_says(
     assert not await moved()
 
 
+@pytest.mark.parametrize("by", ["fsync", "rename"])
+async def test_no_change_after_a_flush_that_failed(
+    filesystem: Filesystem, store: Store, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    def failing(fd: int) -> None:
+        raise fail(errno.EIO)
+
+    await filesystem.mknod(ROOT_INODE, b"old", FILE, 0, CONTEXT)
+    info, _ = await filesystem.create(ROOT_INODE, b"f", FILE, os.O_RDWR, CONTEXT)
+    with monkeypatch.context() as disk, pytest.raises(pyfuse3.FUSEError) as raised:
+        disk.setattr(os, "fsync", failing)
+        if by == "fsync":
+            await filesystem.fsync(info.fh, False)
+        else:
+            await filesystem.rename(ROOT_INODE, b"f", ROOT_INODE, b"old", 0, CONTEXT)
+    assert error_of(raised) == errno.EIO
+    with pytest.raises(pyfuse3.FUSEError) as raised:
+        await filesystem.fsync(info.fh, False)
+    assert error_of(raised) == errno.EROFS
+
+
 @pytest.mark.parametrize("mode", [0o644, 0o755])
 async def test_blksize_of_a_new_file(filesystem: Filesystem, store: Store, mode: int) -> None:
     """What is made executable may get text: the kernel asks only once whether folios may be large."""

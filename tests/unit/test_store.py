@@ -11,7 +11,16 @@ import pytest
 import trio
 
 from largefs.filesystem.commits import Commits
-from largefs.store import ROOT_INODE, BusyError, Store, backing, check, owner
+from largefs.store import (
+    ROOT_INODE,
+    BusyError,
+    ReadOnlyError,
+    Store,
+    StoreError,
+    backing,
+    check,
+    owner,
+)
 from largefs.store.store import fail
 from largefs.transfer.importer import Importer
 
@@ -110,3 +119,60 @@ def test_what_could_not_be_removed_is_tried_again(
             store.commit()
         assert removed.exists()
     assert not removed.exists()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("mounted", [True, False])
+async def test_nothing_is_clean_after_a_flush_that_failed(
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: int, mounted: bool
+) -> None:
+    """The kernel tells of a failed writeback once: the next fsync(2) succeeds."""
+
+    def failing(fd: int) -> None:
+        monkeypatch.undo()
+        raise fail(number)
+
+    store = Store.open(path, "test")
+    inode = _settled_file(store)
+    monkeypatch.setattr(os, "fsync", failing)
+    if mounted:
+        with pytest.raises(OSError, match=os.strerror(errno.EROFS)):
+            await Commits(store, 5).commit()
+    else:
+        with pytest.raises(ReadOnlyError, match=os.strerror(number)):
+            store.commit()
+    with pytest.raises(ReadOnlyError):
+        store.commit()
+    with pytest.raises(OSError, match=os.strerror(errno.EROFS)):
+        store.make(ROOT_INODE, b"another", FILE, 0, 0)
+    store.close()
+    with Store.open(path, "test") as store:
+        assert store.get(inode).writing
+        assert store.unsettled == [inode]
+
+
+def test_a_flush_without_descriptors_is_tried_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_descriptors(*_: object) -> None:
+        raise fail(errno.EMFILE)
+
+    with Store.open(path, "test") as store:
+        inode = _settled_file(store)
+        with monkeypatch.context() as limits, pytest.raises(StoreError) as raised:
+            limits.setattr(store.backing, "flush", no_descriptors)
+            store.commit()
+        assert raised.type is StoreError
+        store.commit()
+        assert not store.get(inode).writing
+
+
+def _settled_file(store: Store) -> int:
+    """A file that the next commit makes clean."""
+    inode = store.make(ROOT_INODE, b"f", FILE, 0, 0).id
+    store.commit()
+    fd = store.backing.open(inode, os.O_WRONLY)
+    os.write(fd, b"data")
+    os.close(fd)
+    store.record_content(inode, store.content(inode))
+    return inode
