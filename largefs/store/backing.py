@@ -110,6 +110,7 @@ class BackingFiles:
 
     def __init__(self, path: Path) -> None:
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._given = -1
 
     @staticmethod
     def create(path: Path) -> None:
@@ -143,7 +144,8 @@ class BackingFiles:
     def make(self, inode: int) -> int:
         """Make an inode's empty backing file and open it O_RDWR.
 
-        A file of that name can only be what a crash left of an inode that never came to be.
+        A file of that name can only be what is left of an inode that never came to be: a store whose
+        next number was given before is not opened (see `given`).
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
         return os.open(self.name(inode), flags | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
@@ -158,6 +160,34 @@ class BackingFiles:
     def stat(self, inode: int) -> os.stat_result:
         """stat(2) of an inode's backing file; raises OSError."""
         return os.stat(self.name(inode), dir_fd=self.fd, follow_symlinks=False)
+
+    @property
+    def given(self) -> int:
+        """The highest inode number that a commit has given, as the file `given` says; 0 without it.
+
+        It tells a meta.db that was restored from a backup: that knows of lower numbers only. Then a
+        backing file without an inode is no leftover of a crash.
+        """
+        try:
+            with open(os.open("given", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd)) as f:
+                return int(f.read())
+        except (FileNotFoundError, ValueError):  # of a store that lost power before it was on disk
+            return 0
+
+    def record_given(self, inode: int) -> None:
+        """Record the highest number, after the commit that has given it. Not flushed.
+
+        A backup is older than the seconds that a loss of power can take. Raises OSError.
+        """
+        if inode == self._given:
+            return
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+        fd = os.open("given", flags, 0o600, dir_fd=self.fd)
+        try:
+            write_full(fd, b"%020d\n" % inode, 0)  # in place: it is never missing or short
+        finally:
+            os.close(fd)
+        self._given = inode
 
     def set_times(self, inode: int, atime_ns: int, mtime_ns: int) -> None:
         """Move the times of a backing file, which hold the truth while it is written."""

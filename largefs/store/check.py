@@ -32,9 +32,9 @@ import apsw
 from largefs.store import backing as b
 from largefs.store import owner, schema
 from largefs.store.backing import EXTENT_SIZE, BackingFiles
-from largefs.store.errors import BusyError, StoreError
+from largefs.store.errors import BusyError, RestoredError, StoreError
 from largefs.store.schema import ROOT_INODE
-from largefs.store.store import NAME_MAX, SYMLINK_MAX, Store, connect, read_format
+from largefs.store.store import NAME_MAX, SYMLINK_MAX, Store, connect, given, read_format
 
 XATTR_NAME_MAX, XATTR_SIZE_MAX = 255, 65536  # linux/limits.h
 
@@ -203,6 +203,8 @@ def _put_in_order(path: Path, report: Report) -> None:
         report.notes.append("it was not closed; it has been put in order, as a mount does")
     except BusyError:
         raise
+    except RestoredError:
+        pass  # the check says so
     except StoreError as e:
         report.notes.append(f"it was not closed, and cannot be put in order yet: {e}")
 
@@ -242,6 +244,7 @@ class _Check:
         try:
             self._clean = self._superblock()
             for look in (
+                self._age,
                 self._root,
                 self._inodes,
                 self._dentries,
@@ -380,23 +383,43 @@ class _Check:
             return False
         return bool(row[0])
 
+    def _age(self) -> None:
+        """meta.db knows every number that was given; else it is a backup, and what it lacks is data."""
+        if given(self._db) >= self._backing.given:
+            return
+
+        def mend() -> None:
+            self._go_on_behind(self._backing.given)
+            self._db.execute("UPDATE superblock SET clean = 1")  # else a mount would tidy up
+            for (inode,) in self._all(f"SELECT id FROM inodes WHERE {_REMOVED} AND {_REGULAR}"):
+                if self._has_backing(inode):  # it may have got a name since
+                    self._db.execute("UPDATE inodes SET nlink = 1 WHERE id = ?", (inode,))
+
+        self._problem(
+            "restored",
+            f"meta.db is older than the data, as when it was restored from a backup: it knows of inodes"
+            f" up to {given(self._db)}, but {self._backing.given} was given",
+            mend=mend,
+        )
+        self._clean = True  # it was no crash that left this
+
     def _numbers(self) -> None:
         """The next inode number is beyond every number that was ever given."""
         highest = max(
             self._value("SELECT max(id) FROM inodes") or 0, max(self._backing.numbers(), default=0)
         )
-        given = self._value("SELECT seq FROM sqlite_sequence WHERE name = 'inodes'")
-        if given is None or (given < highest and self._clean):
-
-            def mend() -> None:
-                self._db.execute("DELETE FROM sqlite_sequence WHERE name = 'inodes'")
-                self._db.execute("INSERT INTO sqlite_sequence VALUES ('inodes', ?)", (highest,))
-
+        last = given(self._db)
+        if last == 0 or (last < highest and self._clean):
             self._problem(
                 "numbers",
-                f"the next inode number would be {(given or 0) + 1}, but {highest} is given already",
-                mend=mend,
+                f"the next inode number would be {last + 1}, but {highest} is given already",
+                mend=lambda: self._go_on_behind(highest),
             )
+
+    def _go_on_behind(self, inode: int) -> None:
+        """Let the next inode number be a higher one."""
+        self._db.execute("DELETE FROM sqlite_sequence WHERE name = 'inodes'")
+        self._db.execute("INSERT INTO sqlite_sequence VALUES ('inodes', ?)", (inode,))
 
     # ------------------------------------------------------------------------- inodes and names
 

@@ -28,6 +28,8 @@ SCHEMA = """
 --     writing = 1 the backing file is the truth.
 --     (A crash between utimensat() and its commit leaves two mtimes: recovery makes them this row's.)
 --   A number is never used again (AUTOINCREMENT), so a stale file handle never meets another file.
+--     extents/given holds the highest one that was committed: more than is known here means that this
+--     database was restored from a backup.
 CREATE TABLE inodes (
     id       INTEGER PRIMARY KEY AUTOINCREMENT,
     mode     INTEGER NOT NULL,   -- st_mode: type and permission bits

@@ -35,6 +35,7 @@ from largefs.store.errors import (
     NewerFormatError,
     NotAStoreError,
     ReadOnlyError,
+    RestoredError,
     StoreError,
 )
 
@@ -229,6 +230,11 @@ class Store:
         if superblock is None:
             raise StoreError(f"{self.path}: damaged; run: largefs check --repair {self.path}")
         self.uuid, clean = superblock
+        if given(self.db) < self.backing.given:
+            raise RestoredError(
+                f"{self.path}: meta.db is older than the data, as when it was restored from a backup; "
+                f"run: largefs check --repair {self.path}"
+            )
         self._holder = owner.Holder(self.path, purpose)
         with contextlib.suppress(OSError):  # a disk that is full already: what there is must do
             self._allocate_log(LOG_RESERVE)
@@ -428,6 +434,10 @@ class Store:
                 self._failed = True
                 raise ReadOnlyError(f"{self.path}: metadata lost: {_reason(e)}") from e
             raise StoreError(f"{self.path}: cannot commit: {_reason(e)}") from e
+        with contextlib.suppress(
+            OSError
+        ):  # it guards against a mistake to come; the commit is done
+            self.backing.record_given(given(self.db))
         self._flushing.clear()
         self._new.clear()
         self._marked.clear()
@@ -584,7 +594,7 @@ class Store:
     def reserve(self) -> int:
         """A number for an inode that `adopt` will make, never given before."""
         if not self._last:
-            self._last = self._one("SELECT seq FROM sqlite_sequence WHERE name = 'inodes'")[0]
+            self._last = given(self.db)
         self._last += 1
         return self._last
 
@@ -976,6 +986,12 @@ def connect(meta: Path) -> apsw.Connection:
         db.close()
         raise
     return db
+
+
+def given(db: apsw.Connection) -> int:
+    """The highest inode number that was given, by the metadata; 0: the metadata does not know."""
+    row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'inodes'").fetchone()
+    return int(row[0]) if row else 0
 
 
 def _check_name(name: bytes) -> None:
