@@ -34,7 +34,16 @@ from largefs.store import owner, schema
 from largefs.store.backing import EXTENT_SIZE, BackingFiles
 from largefs.store.errors import BusyError, RestoredError, StoreError
 from largefs.store.schema import ROOT_INODE
-from largefs.store.store import NAME_MAX, SYMLINK_MAX, Store, connect, given, read_format
+from largefs.store.store import (
+    NAME_MAX,
+    REMOVED,
+    SYMLINK_MAX,
+    Store,
+    connect,
+    given,
+    path_of,
+    read_format,
+)
 
 XATTR_NAME_MAX, XATTR_SIZE_MAX = 255, 65536  # linux/limits.h
 
@@ -43,9 +52,6 @@ LOST_AND_FOUND = b"lost+found"
 _DIRECTORY = f"mode & {0o170000} = {stat.S_IFDIR}"
 _REGULAR = f"mode & {0o170000} = {stat.S_IFREG}"
 _SYMLINK = f"mode & {0o170000} = {stat.S_IFLNK}"
-_REMOVED = (  # an inode that was removed while it was open: the next mount drops it
-    "nlink = 0 AND id NOT IN (SELECT inode FROM dentries) AND id NOT IN (SELECT parent FROM dentries)"
-)
 _TYPES = (
     stat.S_IFREG,
     stat.S_IFDIR,
@@ -295,7 +301,7 @@ class _Check:
         mend_files: Callable[[], object] | None = None,
     ) -> None:
         """Note a problem; mend it where that is possible: `mend` changes only the metadata."""
-        path = self._path_of(inode) if inode else None
+        path = path_of(self._db, inode) if inode else None
         if mend is not None:
             mend()
         if mend_files is not None and self._repair:
@@ -306,20 +312,6 @@ class _Check:
     def _sql(self, query: str, *parameters: Any) -> Callable[[], object]:
         """A change of the metadata, to be done when something is mended."""
         return lambda: self._db.execute(query, parameters)
-
-    def _path_of(self, inode: int) -> bytes | None:
-        parts: list[bytes] = []
-        seen = set()
-        while inode != ROOT_INODE:
-            row = self._db.execute(
-                "SELECT parent, name FROM dentries WHERE inode = ? ORDER BY id", (inode,)
-            ).fetchone()
-            if row is None or inode in seen:
-                return None
-            seen.add(inode)
-            inode = row[0]
-            parts.append(row[1])
-        return b"/" + b"/".join(reversed(parts))
 
     # ----------------------------------------------------------------------------- the database
 
@@ -391,7 +383,7 @@ class _Check:
         def mend() -> None:
             self._go_on_behind(self._backing.given)
             self._db.execute("UPDATE superblock SET clean = 1")  # else a mount would tidy up
-            for (inode,) in self._all(f"SELECT id FROM inodes WHERE {_REMOVED} AND {_REGULAR}"):
+            for (inode,) in self._all(f"SELECT id FROM inodes WHERE {REMOVED} AND {_REGULAR}"):
                 if self._has_backing(inode):  # it may have got a name since
                     self._db.execute("UPDATE inodes SET nlink = 1 WHERE id = ?", (inode,))
 
@@ -614,7 +606,7 @@ class _Check:
         """Inodes that no directory names."""
         for (inode,) in self._all(
             "SELECT id FROM inodes WHERE id NOT IN (SELECT inode FROM dentries) AND id != ?"
-            f" AND NOT ({_REMOVED})",
+            f" AND NOT ({REMOVED})",
             ROOT_INODE,
         ):
             self._problem(
@@ -661,7 +653,7 @@ class _Check:
             f" {_DIRECTORY} THEN 2 + (SELECT count(*) FROM dentries d JOIN inodes c ON c.id = d.inode"
             f"   WHERE d.parent = i.id AND c.{_DIRECTORY})"
             " ELSE (SELECT count(*) FROM dentries d WHERE d.inode = i.id) END AS counted"
-            f" FROM inodes i WHERE NOT ({_REMOVED})) WHERE nlink != counted"
+            f" FROM inodes i WHERE NOT ({REMOVED})) WHERE nlink != counted"
         ):
             self._problem(
                 "nlink",
@@ -761,7 +753,7 @@ class _Check:
         """Each regular file that nobody had open has a backing file that looks as recorded."""
         for inode, size, mtime, atime in self._all(
             "SELECT id, size, mtime_ns, atime_ns FROM inodes"
-            f" WHERE {_REGULAR} AND writing = 0 AND NOT ({_REMOVED})"
+            f" WHERE {_REGULAR} AND writing = 0 AND NOT ({REMOVED})"
         ):
             try:
                 fd = self._backing.open(inode, os.O_RDONLY | os.O_NONBLOCK)
@@ -913,7 +905,7 @@ class _Check:
         )
 
     def _note_what_a_mount_does(self) -> None:
-        removed = self._value(f"SELECT count(*) FROM inodes WHERE {_REMOVED}")
+        removed = self._value(f"SELECT count(*) FROM inodes WHERE {REMOVED}")
         written = self._value("SELECT count(*) FROM inodes WHERE writing = 1")
         if not self._clean and not self._repair:
             self._report.notes.append(

@@ -92,6 +92,9 @@ class Content:
     checksums: list[tuple[int, bytes]]
 
 
+REMOVED = "nlink = 0 AND id NOT IN (SELECT inode FROM dentries) AND id NOT IN (SELECT parent FROM dentries)"
+"""Of `inodes`: removed while open, to be dropped by recovery. With a name it is nlink that is wrong."""
+
 _COLUMNS = ", ".join(Inode._fields)
 _I_COLUMNS = ", ".join(f"i.{c}" for c in Inode._fields)
 _GET = f"SELECT {_COLUMNS} FROM inodes WHERE id = ?"  # noqa: S608
@@ -249,8 +252,7 @@ class Store:
     def _recover(self) -> None:
         """Put in order the inodes that were in use when the store was last let go."""
         for (inode,) in self._all(
-            "SELECT id FROM inodes WHERE nlink = 0 AND id NOT IN (SELECT inode FROM dentries)"
-            " AND id NOT IN (SELECT parent FROM dentries)"  # else the count is what is wrong
+            f"SELECT id FROM inodes WHERE {REMOVED}"  # noqa: S608
         ):
             self._drop_rows(inode)
             self._dropped.append(inode)
@@ -504,14 +506,10 @@ class Store:
 
     def path_of(self, inode: int) -> bytes:
         """One path of the inode from the root ('/…'), for messages; ENOENT for an unlinked one."""
-        parts: list[bytes] = []
-        while inode != schema.ROOT_INODE:
-            row = self._one("SELECT parent, name FROM dentries WHERE inode = ?", inode)
-            if row is None:
-                raise fail(errno.ENOENT)
-            inode = row[0]
-            parts.append(row[1])
-        return b"/" + b"/".join(reversed(parts))
+        path = path_of(self.db, inode)
+        if path is None:
+            raise fail(errno.ENOENT)
+        return path
 
     def readlink(self, inode: int) -> bytes:
         """The target of a symlink; EINVAL for anything else."""
@@ -986,6 +984,21 @@ def connect(meta: Path) -> apsw.Connection:
         db.close()
         raise
     return db
+
+
+def path_of(db: apsw.Connection, inode: int) -> bytes | None:
+    """One path of the inode from the root, or None where it has none that leads there."""
+    parts: list[bytes] = []
+    seen = set()
+    while inode != schema.ROOT_INODE:
+        query = "SELECT parent, name FROM dentries WHERE inode = ? ORDER BY id"
+        row = db.execute(query, (inode,)).fetchone()
+        if row is None or inode in seen:
+            return None
+        seen.add(inode)
+        inode = row[0]
+        parts.append(row[1])
+    return b"/" + b"/".join(reversed(parts))
 
 
 def given(db: apsw.Connection) -> int:
