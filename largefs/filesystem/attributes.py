@@ -6,6 +6,7 @@ from typing import Final
 import pyfuse3
 
 from largefs.store import EXTENT_SIZE, Inode
+from largefs.store.store import as_written
 
 FOREVER: Final = 1e9
 """Seconds: the daemon owns the store alone, so what the kernel knows stays true until told."""
@@ -37,14 +38,7 @@ def entry_in_writing(row: Inode, st: os.stat_result) -> pyfuse3.EntryAttributes:
 
     A shared mapping moves size and times of the backing file without a word to FUSE.
     """
-    a = entry(
-        row._replace(
-            size=st.st_size,
-            blocks=st.st_blocks,
-            mtime_ns=st.st_mtime_ns,
-            ctime_ns=max(row.ctime_ns, st.st_mtime_ns),
-        )
-    )
+    a = entry(as_written(row, st))
     a.attr_timeout = 0
     return a
 

@@ -2,7 +2,6 @@
 
 import errno
 import logging
-from functools import partial
 
 import trio
 
@@ -25,10 +24,11 @@ class Commits:
         async with self._lock:
             if not self._store.uncommitted:
                 return
-            if to_flush := self._store.to_flush():
-                await trio.to_thread.run_sync(self._store.backing.flush, to_flush)
             try:
-                dropped = self._store.finish_commit()
+                if to_flush := self._store.to_flush():
+                    with self._store.flushing():
+                        await trio.to_thread.run_sync(self._store.backing.flush, to_flush)
+                self._store.finish_commit()
             except ReadOnlyError as e:
                 log.critical("%s", e)
                 raise fail(errno.EROFS) from None
@@ -36,15 +36,8 @@ class Commits:
                 log.error("%s", e)
                 full = isinstance(e, DiskFullError)
                 raise fail(errno.ENOSPC if full else errno.EIO) from None
-        if dropped:
-            await trio.to_thread.run_sync(partial(self._remove, dropped))
-
-    def _remove(self, inodes: list[int]) -> None:
-        for inode in inodes:
-            try:
-                self._store.backing.remove(inode)
-            except OSError as e:
-                log.error("cannot remove the backing file of inode %d: %s", inode, e)
+        if self._store.to_remove:
+            await trio.to_thread.run_sync(self._store.remove_dropped)
 
     async def run(self) -> None:
         """Commit at every interval, for ever; a failure is logged and tried again."""

@@ -223,13 +223,7 @@ class Files:
             self._store.record_content(inode, self._store.content(inode), huge=False)
             self._tell_if_huge_changed(row, huge=False)
         else:
-            self._store.set_attributes(
-                inode,
-                size=st.st_size,
-                blocks=st.st_blocks,
-                mtime_ns=st.st_mtime_ns,
-                ctime_ns=max(row.ctime_ns, st.st_mtime_ns),
-            )
+            self._store.record_stat(inode, st)
             self.sum_later(inode)
         self.writing.discard(inode)  # not before: what could not be recorded is no truth to reply
 

@@ -45,7 +45,7 @@ from largefs.filesystem.files import (
 from largefs.filesystem.hints import Hints
 from largefs.filesystem.verify import Verify
 from largefs.filesystem.warmup import Warmup
-from largefs.store import Inode, Store
+from largefs.store import Inode, Store, StoreError
 from largefs.store.backing import FALLOC_FL_KEEP_SIZE, fallocate, write_full
 from largefs.store.store import NAME_MAX, fail
 
@@ -77,6 +77,9 @@ def handler(method: Method[P, T]) -> Method[P, T]:
             if e.errno is None or e.errno in (errno.EIO, errno.EBADF, errno.EFAULT):
                 log.exception("%s%r failed", method.__name__, args[:2])
             raise FUSEError(e.errno or errno.EIO) from None
+        except StoreError as e:
+            log.critical("%s", e)
+            raise FUSEError(errno.EIO) from None
         except Exception:
             log.exception("%s%r failed", method.__name__, args[:2])
             raise FUSEError(errno.EIO) from None
@@ -196,7 +199,7 @@ class Filesystem(pyfuse3.Operations):
                 acl.follow_mode(self._store, inode, columns["mode"])
             self._store.set_attributes(inode, **columns)
             if fields.update_mtime and stat.S_ISREG(row.mode):
-                self._store.set_backing_times(
+                self._store.backing.set_times(
                     inode, columns.get("atime_ns", row.atime_ns), attr.st_mtime_ns
                 )
         return self._attributes(self._store.get(inode))
@@ -323,7 +326,8 @@ class Filesystem(pyfuse3.Operations):
         """
         row = self._store.lookup(parent_inode_old, name_old)
         if row.writing and self._store.find(parent_inode_new, name_new):
-            await trio.to_thread.run_sync(self._store.backing.flush, [row.id])
+            with self._store.flushing():
+                await trio.to_thread.run_sync(self._store.backing.flush, [row.id])
         replaced = self._store.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
         if replaced is not None:
             self._drop_if_unused(replaced.id)
@@ -477,7 +481,8 @@ class Filesystem(pyfuse3.Operations):
     @handler
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         """fsync(2): the extents, then the metadata."""
-        await trio.to_thread.run_sync(os.fsync, self._files.fd(fh))
+        with self._store.flushing():
+            await trio.to_thread.run_sync(os.fsync, self._files.fd(fh))
         await self._commits.commit()
 
     @handler

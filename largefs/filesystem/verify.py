@@ -26,8 +26,8 @@ class Verify:
         expected = self._store.checksums(row.id)
         found = await trio.to_thread.run_sync(self._store.content, row.id)
         sums = dict(found.checksums)
-        if found.size != row.size or sums != expected:
+        if found.st.st_size != row.size or sums != expected:
             bad = sorted({n for n, _ in expected.items() ^ sums.items()})
-            log.error("inode %d: damaged: size %d, extents %s", row.id, found.size, bad)
+            log.error("inode %d: damaged: size %d, extents %s", row.id, found.st.st_size, bad)
             raise FUSEError(errno.EIO)  # an OSError would log a traceback as well
         self._good.add((row.id, row.mtime_ns))

@@ -14,6 +14,7 @@ from largefs.store.errors import (
     NewerFormatError,
     NotAStoreError,
     ReadOnlyError,
+    RestoredError,
     StoreError,
 )
 from largefs.store.schema import FORMAT_VERSION, ROOT_INODE
@@ -31,6 +32,7 @@ __all__ = [
     "NewerFormatError",
     "NotAStoreError",
     "ReadOnlyError",
+    "RestoredError",
     "Store",
     "StoreError",
 ]

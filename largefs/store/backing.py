@@ -7,7 +7,6 @@ out with cp(1), and checked extent by extent.
 import ctypes
 import errno
 import fcntl
-import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -65,7 +64,7 @@ def extents_with_data(fd: int, size: int) -> Iterator[int]:
             done = number
 
 
-def checksum(data: bytes | bytearray | memoryview | mmap.mmap) -> bytes:
+def checksum(data: bytes | bytearray | memoryview) -> bytes:
     """The checksum of an extent's bytes: xxh3-128, canonical form."""
     return xxhash.xxh3_128_digest(data)
 
@@ -84,20 +83,6 @@ def checksums(fd: int, size: int) -> list[tuple[int, bytes]]:
         if got < length:
             view[got:] = bytes(length - got)
         result.append((number, checksum(view)))
-    return result
-
-
-def checksums_by_mapping(fd: int, size: int) -> list[tuple[int, bytes]]:
-    """As `checksums`, without a copy: only for a file that nobody else can truncate."""
-    if not size:
-        return []
-    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-    result = []
-    for number in extents_with_data(fd, size):
-        offset = number * EXTENT_SIZE
-        length = min(EXTENT_SIZE, size - offset)
-        with mmap.mmap(fd, length, flags, mmap.PROT_READ, offset=offset) as mapping:
-            result.append((number, checksum(mapping)))
     return result
 
 
@@ -125,6 +110,7 @@ class BackingFiles:
 
     def __init__(self, path: Path) -> None:
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._given = -1
 
     @staticmethod
     def create(path: Path) -> None:
@@ -158,7 +144,8 @@ class BackingFiles:
     def make(self, inode: int) -> int:
         """Make an inode's empty backing file and open it O_RDWR.
 
-        A file of that name can only be what a crash left of an inode that never came to be.
+        A file of that name can only be what is left of an inode that never came to be: a store whose
+        next number was given before is not opened (see `given`).
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
         return os.open(self.name(inode), flags | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
@@ -173,6 +160,53 @@ class BackingFiles:
     def stat(self, inode: int) -> os.stat_result:
         """stat(2) of an inode's backing file; raises OSError."""
         return os.stat(self.name(inode), dir_fd=self.fd, follow_symlinks=False)
+
+    @property
+    def given(self) -> int:
+        """The highest inode number that a commit has given, as the file `given` says; 0 without it.
+
+        It tells a meta.db that was restored from a backup: that knows of lower numbers only. Then a
+        backing file without an inode is no leftover of a crash.
+        """
+        try:
+            with open(os.open("given", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd)) as f:
+                return int(f.read())
+        except (FileNotFoundError, ValueError):  # of a store that lost power before it was on disk
+            return 0
+
+    def record_given(self, inode: int) -> None:
+        """Record the highest number, after the commit that has given it. Not flushed.
+
+        A backup is older than the seconds that a loss of power can take. Raises OSError.
+        """
+        if inode == self._given:
+            return
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+        fd = os.open("given", flags, 0o600, dir_fd=self.fd)
+        try:
+            write_full(fd, b"%020d\n" % inode, 0)  # in place: it is never missing or short
+        finally:
+            os.close(fd)
+        self._given = inode
+
+    def set_times(self, inode: int, atime_ns: int, mtime_ns: int) -> None:
+        """Move the times of a backing file, which hold the truth while it is written."""
+        os.utime(self.name(inode), ns=(atime_ns, mtime_ns), dir_fd=self.fd, follow_symlinks=False)
+
+    def mtime_as_kept(self, mtime_ns: int) -> int:
+        """What the backing filesystem makes of an mtime: it may know no year 1850, or only whole seconds.
+
+        Tried on a file without a name; where there is none to be had, the time as it is.
+        """
+        try:
+            fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+        except OSError:
+            return mtime_ns
+        try:
+            os.utime(fd, ns=(mtime_ns, mtime_ns))
+            return os.fstat(fd).st_mtime_ns
+        finally:
+            os.close(fd)
 
     def numbers(self) -> Iterator[int]:
         """Yield the inode of every backing file; names that are none of ours are passed over."""

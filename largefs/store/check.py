@@ -32,9 +32,18 @@ import apsw
 from largefs.store import backing as b
 from largefs.store import owner, schema
 from largefs.store.backing import EXTENT_SIZE, BackingFiles
-from largefs.store.errors import BusyError, StoreError
+from largefs.store.errors import BusyError, RestoredError, StoreError
 from largefs.store.schema import ROOT_INODE
-from largefs.store.store import NAME_MAX, SYMLINK_MAX, Store, connect, read_format
+from largefs.store.store import (
+    NAME_MAX,
+    REMOVED,
+    SYMLINK_MAX,
+    Store,
+    connect,
+    given,
+    path_of,
+    read_format,
+)
 
 XATTR_NAME_MAX, XATTR_SIZE_MAX = 255, 65536  # linux/limits.h
 
@@ -43,9 +52,6 @@ LOST_AND_FOUND = b"lost+found"
 _DIRECTORY = f"mode & {0o170000} = {stat.S_IFDIR}"
 _REGULAR = f"mode & {0o170000} = {stat.S_IFREG}"
 _SYMLINK = f"mode & {0o170000} = {stat.S_IFLNK}"
-_REMOVED = (  # an inode that was removed while it was open: the next mount drops it
-    "nlink = 0 AND id NOT IN (SELECT inode FROM dentries) AND id NOT IN (SELECT parent FROM dentries)"
-)
 _TYPES = (
     stat.S_IFREG,
     stat.S_IFDIR,
@@ -146,13 +152,12 @@ def _hold(path: Path, *, repair: bool) -> Iterator[apsw.Connection]:
     if other := owner.foreign_and_alive(path):
         raise BusyError(f"{path}: in use: {other}; end that first")
     if repair:
-        db = connect(meta)
-        holder = owner.Holder(path, "check --repair")
-        try:
-            yield db
-        finally:
-            db.close()
-            holder.release()
+        with contextlib.closing(connect(meta)) as db:
+            holder = owner.Holder(path, "check --repair")
+            try:
+                yield db
+            finally:
+                holder.release()
         return
     with _to_look_at(meta) as db:
         yield db
@@ -204,6 +209,8 @@ def _put_in_order(path: Path, report: Report) -> None:
         report.notes.append("it was not closed; it has been put in order, as a mount does")
     except BusyError:
         raise
+    except RestoredError:
+        pass  # the check says so
     except StoreError as e:
         report.notes.append(f"it was not closed, and cannot be put in order yet: {e}")
 
@@ -243,6 +250,7 @@ class _Check:
         try:
             self._clean = self._superblock()
             for look in (
+                self._age,
                 self._root,
                 self._inodes,
                 self._dentries,
@@ -293,7 +301,7 @@ class _Check:
         mend_files: Callable[[], object] | None = None,
     ) -> None:
         """Note a problem; mend it where that is possible: `mend` changes only the metadata."""
-        path = self._path_of(inode) if inode else None
+        path = path_of(self._db, inode) if inode else None
         if mend is not None:
             mend()
         if mend_files is not None and self._repair:
@@ -304,20 +312,6 @@ class _Check:
     def _sql(self, query: str, *parameters: Any) -> Callable[[], object]:
         """A change of the metadata, to be done when something is mended."""
         return lambda: self._db.execute(query, parameters)
-
-    def _path_of(self, inode: int) -> bytes | None:
-        parts: list[bytes] = []
-        seen = set()
-        while inode != ROOT_INODE:
-            row = self._db.execute(
-                "SELECT parent, name FROM dentries WHERE inode = ? ORDER BY id", (inode,)
-            ).fetchone()
-            if row is None or inode in seen:
-                return None
-            seen.add(inode)
-            inode = row[0]
-            parts.append(row[1])
-        return b"/" + b"/".join(reversed(parts))
 
     # ----------------------------------------------------------------------------- the database
 
@@ -381,23 +375,43 @@ class _Check:
             return False
         return bool(row[0])
 
+    def _age(self) -> None:
+        """meta.db knows every number that was given; else it is a backup, and what it lacks is data."""
+        if given(self._db) >= self._backing.given:
+            return
+
+        def mend() -> None:
+            self._go_on_behind(self._backing.given)
+            self._db.execute("UPDATE superblock SET clean = 1")  # else a mount would tidy up
+            for (inode,) in self._all(f"SELECT id FROM inodes WHERE {REMOVED} AND {_REGULAR}"):
+                if self._has_backing(inode):  # it may have got a name since
+                    self._db.execute("UPDATE inodes SET nlink = 1 WHERE id = ?", (inode,))
+
+        self._problem(
+            "restored",
+            f"meta.db is older than the data, as when it was restored from a backup: it knows of inodes"
+            f" up to {given(self._db)}, but {self._backing.given} was given",
+            mend=mend,
+        )
+        self._clean = True  # it was no crash that left this
+
     def _numbers(self) -> None:
         """The next inode number is beyond every number that was ever given."""
         highest = max(
             self._value("SELECT max(id) FROM inodes") or 0, max(self._backing.numbers(), default=0)
         )
-        given = self._value("SELECT seq FROM sqlite_sequence WHERE name = 'inodes'")
-        if given is None or (given < highest and self._clean):
-
-            def mend() -> None:
-                self._db.execute("DELETE FROM sqlite_sequence WHERE name = 'inodes'")
-                self._db.execute("INSERT INTO sqlite_sequence VALUES ('inodes', ?)", (highest,))
-
+        last = given(self._db)
+        if last == 0 or (last < highest and self._clean):
             self._problem(
                 "numbers",
-                f"the next inode number would be {(given or 0) + 1}, but {highest} is given already",
-                mend=mend,
+                f"the next inode number would be {last + 1}, but {highest} is given already",
+                mend=lambda: self._go_on_behind(highest),
             )
+
+    def _go_on_behind(self, inode: int) -> None:
+        """Let the next inode number be a higher one."""
+        self._db.execute("DELETE FROM sqlite_sequence WHERE name = 'inodes'")
+        self._db.execute("INSERT INTO sqlite_sequence VALUES ('inodes', ?)", (inode,))
 
     # ------------------------------------------------------------------------- inodes and names
 
@@ -592,7 +606,7 @@ class _Check:
         """Inodes that no directory names."""
         for (inode,) in self._all(
             "SELECT id FROM inodes WHERE id NOT IN (SELECT inode FROM dentries) AND id != ?"
-            f" AND NOT ({_REMOVED})",
+            f" AND NOT ({REMOVED})",
             ROOT_INODE,
         ):
             self._problem(
@@ -639,7 +653,7 @@ class _Check:
             f" {_DIRECTORY} THEN 2 + (SELECT count(*) FROM dentries d JOIN inodes c ON c.id = d.inode"
             f"   WHERE d.parent = i.id AND c.{_DIRECTORY})"
             " ELSE (SELECT count(*) FROM dentries d WHERE d.inode = i.id) END AS counted"
-            f" FROM inodes i WHERE NOT ({_REMOVED})) WHERE nlink != counted"
+            f" FROM inodes i WHERE NOT ({REMOVED})) WHERE nlink != counted"
         ):
             self._problem(
                 "nlink",
@@ -739,7 +753,7 @@ class _Check:
         """Each regular file that nobody had open has a backing file that looks as recorded."""
         for inode, size, mtime, atime in self._all(
             "SELECT id, size, mtime_ns, atime_ns FROM inodes"
-            f" WHERE {_REGULAR} AND writing = 0 AND NOT ({_REMOVED})"
+            f" WHERE {_REGULAR} AND writing = 0 AND NOT ({REMOVED})"
         ):
             try:
                 fd = self._backing.open(inode, os.O_RDONLY | os.O_NONBLOCK)
@@ -794,9 +808,12 @@ class _Check:
                 mend=self._sql("DELETE FROM extents WHERE inode = ? AND number = ?", inode, number),
             )
         self._holes(fd, inode, size, sums)
-        as_recorded = (st.st_size, st.st_mtime_ns) == (size, times[1])
-        if as_recorded or (not self._clean and st.st_size == size):
-            return  # after a crash a time that was set may have reached only one of the two
+        if st.st_size == size and (
+            st.st_mtime_ns == times[1]
+            or not self._clean  # a time that was set may have reached only one of the two
+            or st.st_mtime_ns == self._backing.mtime_as_kept(times[1])
+        ):
+            return
         intact = self._is_intact(fd, inode, size)
         if st.st_size > size:
             self._longer(inode, size, st, intact=intact)
@@ -806,13 +823,8 @@ class _Check:
                 f"{name} was changed behind the store's back"
                 + ("; its data is as recorded" if intact else ", and its data is not as recorded"),
                 inode,
-                mend_files=(lambda: self._backing_times(inode, times)) if intact else None,
+                mend_files=(lambda: self._backing.set_times(inode, *times)) if intact else None,
             )
-
-    def _backing_times(self, inode: int, times: tuple[int, int]) -> None:
-        os.utime(
-            self._backing.name(inode), ns=times, dir_fd=self._backing.fd, follow_symlinks=False
-        )
 
     def _longer(self, inode: int, size: int, st: os.stat_result, *, intact: bool) -> None:
         """A backing file with more at its end than was recorded: take it in if the rest is intact."""
@@ -893,7 +905,7 @@ class _Check:
         )
 
     def _note_what_a_mount_does(self) -> None:
-        removed = self._value(f"SELECT count(*) FROM inodes WHERE {_REMOVED}")
+        removed = self._value(f"SELECT count(*) FROM inodes WHERE {REMOVED}")
         written = self._value("SELECT count(*) FROM inodes WHERE writing = 1")
         if not self._clean and not self._repair:
             self._report.notes.append(

@@ -13,6 +13,10 @@ class NewerFormatError(StoreError):
     """The store was written by a newer largefs, in a format that this one does not know."""
 
 
+class RestoredError(StoreError):
+    """meta.db is older than the data, so that opening the store would take data for leftovers."""
+
+
 class BusyError(StoreError):
     """The store is in use: mounted, or being imported into, exported or checked."""
 

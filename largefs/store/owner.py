@@ -89,18 +89,14 @@ def write(store: Path, owner: Owner) -> None:
     temporary.replace(store / "owner")
 
 
-def remove(store: Path) -> None:
-    """Forget the owner."""
-    (store / "owner").unlink(missing_ok=True)
-
-
 class Holder:
     """The record that this process holds a store, kept fresh by a thread until `release`."""
 
     def __init__(self, store: Path, purpose: str) -> None:
         self._store = store
+        self._owner = current(purpose)
         self._released = threading.Event()
-        write(store, current(purpose))
+        write(store, self._owner)
         self._thread = threading.Thread(target=self._beat, name="largefs-owner", daemon=True)
         self._thread.start()
 
@@ -112,10 +108,11 @@ class Holder:
                 log.error("%s: the owner file cannot be refreshed: %s", self._store, e)
 
     def release(self) -> None:
-        """Forget the record; raises OSError."""
+        """Forget the record, while the store is still locked: later it may be another's; raises OSError."""
         self._released.set()
         self._thread.join()
-        remove(self._store)
+        if read(self._store) == self._owner:
+            (self._store / "owner").unlink(missing_ok=True)
 
 
 def _read(path: str) -> str:

@@ -24,9 +24,12 @@ SCHEMA = """
 --   nlink is the number of dentries that name the inode; for a directory 2 plus its subdirectories
 --     (denormalised: `largefs check` counts again). 0 only for an inode that was removed while open.
 --   A regular file has a backing file extents/XX/ID; its st_size is this row's size, and its st_mtime
---     is this row's mtime_ns, whenever writing = 0. While writing = 1 the backing file is the truth.
+--     is this row's mtime_ns (as that filesystem can keep it), whenever writing = 0. While
+--     writing = 1 the backing file is the truth.
 --     (A crash between utimensat() and its commit leaves two mtimes: recovery makes them this row's.)
 --   A number is never used again (AUTOINCREMENT), so a stale file handle never meets another file.
+--     extents/given holds the highest one that was committed: more than is known here means that this
+--     database was restored from a backup.
 CREATE TABLE inodes (
     id       INTEGER PRIMARY KEY AUTOINCREMENT,
     mode     INTEGER NOT NULL,   -- st_mode: type and permission bits

@@ -15,6 +15,7 @@ that the system call has by its man page; a store that cannot be used, as StoreE
 
 import contextlib
 import errno
+import logging
 import os
 import stat
 import time
@@ -34,8 +35,11 @@ from largefs.store.errors import (
     NewerFormatError,
     NotAStoreError,
     ReadOnlyError,
+    RestoredError,
     StoreError,
 )
+
+log = logging.getLogger(__name__)
 
 NAME_MAX = 255
 """Bytes of a name, as limits.h has it."""
@@ -84,11 +88,12 @@ class Dentry(NamedTuple):
 class Content:
     """What a backing file holds, read from it."""
 
-    size: int
-    blocks: int
-    mtime_ns: int
+    st: os.stat_result
     checksums: list[tuple[int, bytes]]
 
+
+REMOVED = "nlink = 0 AND id NOT IN (SELECT inode FROM dentries) AND id NOT IN (SELECT parent FROM dentries)"
+"""Of `inodes`: removed while open, to be dropped by recovery. With a name it is nlink that is wrong."""
 
 _COLUMNS = ", ".join(Inode._fields)
 _I_COLUMNS = ", ".join(f"i.{c}" for c in Inode._fields)
@@ -107,6 +112,22 @@ _NEW = (
 )
 
 
+def as_written(row: Inode, st: os.stat_result) -> Inode:
+    """The inode of a file that may have been written, as its backing file has it.
+
+    The backing file's ctime is that of the writing, but a copy of the store moves it as well, so it
+    counts only where the file was written. It comes from a coarser clock than this row's, which must
+    not go back.
+    """
+    written = (st.st_size, st.st_mtime_ns) != (row.size, row.mtime_ns)
+    return row._replace(
+        size=st.st_size,
+        blocks=st.st_blocks,
+        mtime_ns=st.st_mtime_ns,
+        ctime_ns=max(row.ctime_ns, st.st_ctime_ns) if written else row.ctime_ns,
+    )
+
+
 def fail(number: int) -> OSError:
     """An OSError with the errno's own text."""
     return OSError(number, os.strerror(number))
@@ -121,6 +142,8 @@ class Store:
     uuid: str
     unsettled: list[int]
     """After `open`: inodes that a crash left open for writing, whose checksums are to be made."""
+    to_remove: set[int]
+    """Inodes whose drop is durable, and whose backing files `remove_dropped` has still to remove."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -130,6 +153,7 @@ class Store:
         self._flushing: set[int] = set()  # of those, the ones whose extents a commit is flushing
         self._marked: set[int] = set()  # writing = 1 since the last commit, clean on disk
         self._dropped: list[int] = []  # to be removed after the next commit
+        self.to_remove = set()
         self._failed = False
         self._holder: owner.Holder | None = None
         self._full = False  # the last commit found no room
@@ -198,11 +222,7 @@ class Store:
         try:
             self._start(purpose)
         except BaseException as e:
-            self.db.close()
-            self.backing.close()
-            os.close(self._log)
-            if self._holder:
-                self._holder.release()
+            self._let_go()
             if isinstance(e, (OSError, apsw.Error)):
                 raise StoreError(f"{path}: cannot open: {_reason(e)}") from e
             raise
@@ -213,6 +233,11 @@ class Store:
         if superblock is None:
             raise StoreError(f"{self.path}: damaged; run: largefs check --repair {self.path}")
         self.uuid, clean = superblock
+        if given(self.db) < self.backing.given:
+            raise RestoredError(
+                f"{self.path}: meta.db is older than the data, as when it was restored from a backup; "
+                f"run: largefs check --repair {self.path}"
+            )
         self._holder = owner.Holder(self.path, purpose)
         with contextlib.suppress(OSError):  # a disk that is full already: what there is must do
             self._allocate_log(LOG_RESERVE)
@@ -227,8 +252,7 @@ class Store:
     def _recover(self) -> None:
         """Put in order the inodes that were in use when the store was last let go."""
         for (inode,) in self._all(
-            "SELECT id FROM inodes WHERE nlink = 0 AND id NOT IN (SELECT inode FROM dentries)"
-            " AND id NOT IN (SELECT parent FROM dentries)"  # else the count is what is wrong
+            f"SELECT id FROM inodes WHERE {REMOVED}"  # noqa: S608
         ):
             self._drop_rows(inode)
             self._dropped.append(inode)
@@ -238,10 +262,7 @@ class Store:
             except FileNotFoundError:  # never flushed, so never promised
                 os.close(self.backing.make(inode))
                 st = self.backing.stat(inode)
-            self.db.execute(
-                "UPDATE inodes SET size = ?, blocks = ?, mtime_ns = ? WHERE id = ?",
-                (st.st_size, st.st_blocks, st.st_mtime_ns, inode),
-            )
+            self.record_stat(inode, st)
             self.db.execute("DELETE FROM extents WHERE inode = ?", (inode,))
             self.unsettled.append(inode)
 
@@ -268,7 +289,7 @@ class Store:
             with contextlib.suppress(FileNotFoundError):  # `largefs check` reports that
                 st = self.backing.stat(inode)
                 if st.st_size == size and st.st_mtime_ns != mtime_ns:
-                    self.set_backing_times(inode, atime_ns, mtime_ns)
+                    self.backing.set_times(inode, atime_ns, mtime_ns)
 
     def close(self) -> None:
         """Commit and let the store go. Inodes still unsettled are settled here.
@@ -286,11 +307,16 @@ class Store:
                     self.db.execute("UPDATE superblock SET clean = 1")
                 self.commit()
         finally:
-            self.db.close()
-            self.backing.close()
-            os.close(self._log)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        try:
             if self._holder:
                 self._holder.release()
+        finally:
+            self.db.close()  # and its lock goes
+            self.backing.close()
+            os.close(self._log)
 
     def __enter__(self) -> "Store":
         return self
@@ -370,11 +396,30 @@ class Store:
         self._settled.clear()
         return list(self._flushing | self._new)
 
-    def finish_commit(self) -> list[int]:
-        """Last step of a commit, after the extents of `to_flush` were made durable.
+    @contextlib.contextmanager
+    def flushing(self) -> Iterator[None]:
+        """Around every flush of extents: when it fails the store takes no more changes.
 
-        Returns the inodes whose backing files are to be removed now. Raises ReadOnlyError or, where
-        trying again later can help, DiskFullError or StoreError.
+        The kernel reports an error of writeback once and then takes the pages for written, so a second
+        flush would succeed, and rows become clean over data that the disk never had (fsync(2), NOTES;
+        https://wiki.postgresql.org/wiki/Fsync_Errors). ENOSPC and EDQUOT are no exception: they come
+        from delayed allocation or a thin disk, with the data lost as for EIO. Raises ReadOnlyError, or
+        StoreError where there was no descriptor to flush with, which can be tried again.
+        """
+        try:
+            yield
+        except OSError as e:
+            if e.errno in (errno.EMFILE, errno.ENFILE):
+                raise StoreError(f"{self.path}: cannot commit: {_reason(e)}") from e
+            self._failed = True
+            raise ReadOnlyError(
+                f"{self.path}: data could not be written: {_reason(e)}; unmount and check the disk"
+            ) from e
+
+    def finish_commit(self) -> None:
+        """Third step of a commit, after the extents of `to_flush` were made durable.
+
+        Raises ReadOnlyError or, where trying again later can help, DiskFullError or StoreError.
         """
         if self._failed:
             raise ReadOnlyError(f"{self.path}: an earlier write failed; unmount and check the disk")
@@ -391,17 +436,35 @@ class Store:
                 self._failed = True
                 raise ReadOnlyError(f"{self.path}: metadata lost: {_reason(e)}") from e
             raise StoreError(f"{self.path}: cannot commit: {_reason(e)}") from e
+        with contextlib.suppress(
+            OSError
+        ):  # it guards against a mistake to come; the commit is done
+            self.backing.record_given(given(self.db))
         self._flushing.clear()
         self._new.clear()
         self._marked.clear()
-        dropped, self._dropped = self._dropped, []
-        return dropped
+        self.to_remove.update(self._dropped)
+        self._dropped.clear()
+
+    def remove_dropped(self) -> None:
+        """Last step of a commit: remove the backing files of dropped inodes. For any thread.
+
+        What is interrupted, or fails, is left for the next commit.
+        """
+        for inode in list(self.to_remove):
+            try:
+                self.backing.remove(inode)
+            except OSError as e:
+                log.error("cannot remove the backing file of inode %d: %s", inode, e)
+            else:
+                self.to_remove.discard(inode)
 
     def commit(self) -> None:
-        """Make every change so far durable. Blocks; raises StoreError or OSError."""
-        self.backing.flush(self.to_flush())
-        for inode in self.finish_commit():
-            self.backing.remove(inode)
+        """Make every change so far durable. Blocks; raises StoreError."""
+        with self.flushing():
+            self.backing.flush(self.to_flush())
+        self.finish_commit()
+        self.remove_dropped()
 
     # ------------------------------------------------------------------------------------ reading
 
@@ -443,14 +506,10 @@ class Store:
 
     def path_of(self, inode: int) -> bytes:
         """One path of the inode from the root ('/…'), for messages; ENOENT for an unlinked one."""
-        parts: list[bytes] = []
-        while inode != schema.ROOT_INODE:
-            row = self._one("SELECT parent, name FROM dentries WHERE inode = ?", inode)
-            if row is None:
-                raise fail(errno.ENOENT)
-            inode = row[0]
-            parts.append(row[1])
-        return b"/" + b"/".join(reversed(parts))
+        path = path_of(self.db, inode)
+        if path is None:
+            raise fail(errno.ENOENT)
+        return path
 
     def readlink(self, inode: int) -> bytes:
         """The target of a symlink; EINVAL for anything else."""
@@ -533,7 +592,7 @@ class Store:
     def reserve(self) -> int:
         """A number for an inode that `adopt` will make, never given before."""
         if not self._last:
-            self._last = self._one("SELECT seq FROM sqlite_sequence WHERE name = 'inodes'")[0]
+            self._last = given(self.db)
         self._last += 1
         return self._last
 
@@ -735,7 +794,7 @@ class Store:
     def set_attributes(self, inode: int, **columns: int) -> None:
         """Set columns of an inode, as the schema names them.
 
-        The times of a regular file's backing file are the caller's business (`set_backing_times`).
+        The times of a regular file's backing file are the caller's business (`BackingFiles.set_times`).
         """
         assignments = ", ".join(f"{column} = ?" for column in columns)
         with self.change():
@@ -743,15 +802,6 @@ class Store:
                 f"UPDATE inodes SET {assignments} WHERE id = ?",  # noqa: S608
                 (*columns.values(), inode),
             )
-
-    def set_backing_times(self, inode: int, atime_ns: int, mtime_ns: int) -> None:
-        """Move the times of a backing file, which hold the truth while it is written."""
-        os.utime(
-            self.backing.name(inode),
-            ns=(atime_ns, mtime_ns),
-            dir_fd=self.backing.fd,
-            follow_symlinks=False,
-        )
 
     def xattr(self, inode: int, name: bytes) -> bytes:
         """The value of an extended attribute; ENODATA."""
@@ -814,22 +864,23 @@ class Store:
         with self.backing.opened(inode) as fd:
             st = os.fstat(fd)
             sums = backing.checksums(fd, st.st_size)
-            return Content(st.st_size, st.st_blocks, st.st_mtime_ns, sums)
+            return Content(st, sums)
 
     def record_content(self, inode: int, content: Content, *, huge: bool | None = None) -> None:
         """Record what a file holds now that nobody writes it; it is clean after a commit."""
         with self.change():
-            row = self.get(inode)
-            self.set_attributes(
-                inode,
-                size=content.size,
-                blocks=content.blocks,
-                mtime_ns=content.mtime_ns,
-                ctime_ns=max(row.ctime_ns, content.mtime_ns),
-                huge=row.huge if huge is None else int(huge),
-            )
+            self.record_stat(inode, content.st)
+            if huge is not None:
+                self.set_attributes(inode, huge=int(huge))
             self.set_checksums(inode, content.checksums)
         self._settled.add(inode)
+
+    def record_stat(self, inode: int, st: os.stat_result) -> None:
+        """Record size, blocks and times of a file as its backing file has them."""
+        row = as_written(self.get(inode), st)
+        self.set_attributes(
+            inode, size=row.size, blocks=row.blocks, mtime_ns=row.mtime_ns, ctime_ns=row.ctime_ns
+        )
 
     def set_checksums(self, inode: int, checksums: list[tuple[int, bytes]]) -> None:
         """Replace the checksums of an inode's extents."""
@@ -933,6 +984,27 @@ def connect(meta: Path) -> apsw.Connection:
         db.close()
         raise
     return db
+
+
+def path_of(db: apsw.Connection, inode: int) -> bytes | None:
+    """One path of the inode from the root, or None where it has none that leads there."""
+    parts: list[bytes] = []
+    seen = set()
+    while inode != schema.ROOT_INODE:
+        query = "SELECT parent, name FROM dentries WHERE inode = ? ORDER BY id"
+        row = db.execute(query, (inode,)).fetchone()
+        if row is None or inode in seen:
+            return None
+        seen.add(inode)
+        inode = row[0]
+        parts.append(row[1])
+    return b"/" + b"/".join(reversed(parts))
+
+
+def given(db: apsw.Connection) -> int:
+    """The highest inode number that was given, by the metadata; 0: the metadata does not know."""
+    row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'inodes'").fetchone()
+    return int(row[0]) if row else 0
 
 
 def _check_name(name: bytes) -> None:

@@ -318,14 +318,14 @@ class Importer:
         """Copy data and holes as they are, or share them; returns the checksums."""
         os.ftruncate(to, size)
         if self._clone(fd, to):
-            return b.checksums_by_mapping(to, size)
+            return b.checksums(to, size)
         if size <= EXTENT_SIZE:
             return self._copy_extent(fd, to, size)
         for start, end in b.data_ranges(fd, size):
             if not copy_stretch(fd, to, start, end, self._buffer):
                 raise ChangedError(SHRUNK)
         b.start_writing(to)
-        return b.checksums_by_mapping(to, size)
+        return b.checksums(to, size)
 
     def _copy_extent(self, fd: int, to: int, size: int) -> list[tuple[int, bytes]]:
         """Copy a file of one extent: read, written and summed in one buffer."""

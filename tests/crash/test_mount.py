@@ -56,7 +56,7 @@ def test_a_store_that_another_host_holds_is_refused(mounts: Mounts) -> None:
     finally:
         heart.kill()
         heart.wait()
-        owner.remove(m.store)
+        (m.store / "owner").unlink()
 
 
 def test_a_store_whose_other_host_is_silent_is_taken_over(

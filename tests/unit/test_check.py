@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import stat
 import subprocess
 import tempfile
@@ -21,6 +22,7 @@ from largefs.store import (
     ROOT_INODE,
     BusyError,
     NotAStoreError,
+    RestoredError,
     Store,
     StoreError,
     backing,
@@ -132,8 +134,8 @@ BROKEN_METADATA: dict[str, tuple[list[str], set[str]]] = {
         {"root"},
     ),
     "superblock missing": (["DELETE FROM superblock"], {"superblock"}),
-    "inode numbers": (["UPDATE sqlite_sequence SET seq = 3"], {"numbers"}),
-    "inode numbers missing": (["DELETE FROM sqlite_sequence"], {"numbers"}),
+    "inode numbers": (["UPDATE sqlite_sequence SET seq = 3"], {"restored"}),
+    "inode numbers missing": (["DELETE FROM sqlite_sequence"], {"restored"}),
     "index missing": (["DROP INDEX dentries_by_inode"], {"schema"}),
     "parent missing": ([f"UPDATE dentries SET parent = 99 WHERE inode = {FILE}"], {"parent"}),
     "parent no directory": (
@@ -400,6 +402,18 @@ def test_a_touched_backing_file_gets_its_time_back_if_its_data_is_intact(path: P
     assert kinds(check(path)) == {"backing-mtime"}
 
 
+def test_a_time_that_the_backing_filesystem_cannot_keep_is_no_problem(tmp_path: Path) -> None:
+    """ext4 knows no year before 1901, and in small inodes only whole seconds."""
+    _make(path := tmp_path / "store")
+    for mtime_ns in (-3_786_825_600 * 10**9, 2**63 - 1, 10**9 + 1):  # from the year 1850 on
+        with Store.open(path, "test") as s:
+            s.set_attributes(FILE, mtime_ns=mtime_ns)
+            s.backing.set_times(FILE, 0, mtime_ns)
+        for repair in (False, True):
+            report = check(path, repair=repair)
+            assert not report.problems, lines(report)
+
+
 def test_a_missing_file_that_held_only_holes_is_made_again(path: Path) -> None:
     backing_file(path, HOLE).unlink()
     assert kinds(check(path)) == {"backing-missing"}
@@ -421,6 +435,49 @@ def test_a_backing_file_without_an_inode_comes_to_lost_and_found(path: Path) -> 
         row = s.lookup(s.lookup(ROOT_INODE, b"lost+found").id, b"#%d" % 0x55)
         assert (row.size, stat.S_IMODE(row.mode)) == (6, 0o600)
         assert s.make(ROOT_INODE, b"new", stat.S_IFREG, 0, 0).id > 0x66
+
+
+@pytest.mark.parametrize("mounted", [True, False])
+def test_a_restored_database_makes_no_data_a_leftover(path: Path, mounted: bool) -> None:
+    """A copy that was made while the store was mounted says, as after a crash, that it is not clean."""
+    backup = path.with_name("backup")
+    later = [b"one", b"two", b"three"]
+
+    def write(s: Store, name: bytes, data: bytes) -> int:
+        inode = s.make(ROOT_INODE, name, stat.S_IFREG | 0o644, 0, 0).id
+        backing_file(path, inode).write_bytes(data)
+        s.record_content(inode, s.content(inode))
+        s.commit()
+        return inode
+
+    if not mounted:
+        shutil.copy(path / "meta.db", backup)
+    with Store.open(path, "test") as s:
+        unnamed = write(s, b"temporary", b"gets its name later")  # as O_TMPFILE and linkat()
+        s.unlink(ROOT_INODE, b"temporary")
+        s.commit()
+        if mounted:
+            s.db.pragma("wal_checkpoint")
+            shutil.copy(path / "meta.db", backup)
+        s.link(unnamed, ROOT_INODE, b"named")
+        files = {write(s, data, data): data for data in later} | {unnamed: b"gets its name later"}
+    backup.replace(path / "meta.db")
+
+    with pytest.raises(RestoredError, match="check --repair"):
+        Store.open(path, "test")
+    before = state(path)
+    found = check(path)
+    assert kinds(found) >= {"restored"}, lines(found)
+    assert state(path) == before
+    assert check(path, repair=True).left == 0
+    assert not check(path, data=True).problems
+    with Store.open(path, "test") as s:
+        lost = s.lookup(ROOT_INODE, b"lost+found").id
+        assert {d.inode.id for d in s.entries(lost)} == files.keys()
+        assert s.make(ROOT_INODE, b"new", stat.S_IFREG, 0, 0).id > max(files)
+    assert not check(path, data=True).problems
+    for inode, data in files.items():
+        assert backing_file(path, inode).read_bytes() == data
 
 
 def test_a_missing_directory_of_backing_files_is_made_again(path: Path) -> None:
@@ -464,7 +521,7 @@ def _leave_much_open(s: Store) -> None:
     s.unlink(DIRECTORY, b"file")  # and not dropped: somebody has it open
     s.commit()
     s.set_attributes(HOLE, mtime_ns=5)
-    s.set_backing_times(HOLE, 5, 5)  # the time is on disk, its transaction is not
+    s.backing.set_times(HOLE, 5, 5)  # the time is on disk, its transaction is not
     s.make(ROOT_INODE, b"never committed", stat.S_IFREG | 0o644, 0, 0)
 
 

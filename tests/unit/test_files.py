@@ -31,7 +31,7 @@ async def test_what_cannot_be_settled_stays_in_writing(
         fh = handle(inode, writable=True)
         os.ftruncate(files.write_fd(fh), size)
         with monkeypatch.context() as disk, pytest.raises(OSError, match="space"):
-            disk.setattr(store, "set_attributes", full)
+            disk.setattr(store, "record_stat", full)
             files.release(fh)
         assert inode in files.writing
         assert files.stat_in_writing(inode).st_size == size

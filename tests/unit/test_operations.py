@@ -4,6 +4,7 @@ import errno
 import inspect
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,6 +63,72 @@ async def test_a_file_lives_as_long_as_the_kernel_holds_it(
     assert error_of(raised) == errno.ENOENT
     store.commit()
     assert not list((store.path / "extents").glob("*/*"))
+
+
+async def test_ctime_is_when_it_was_changed_whatever_mtime_says(
+    filesystem: Filesystem, store: Store
+) -> None:
+    """cp -p and tar set mtime, to the future maybe, on a file that they still have open."""
+    info, entry = await filesystem.create(ROOT_INODE, b"f", FILE, os.O_RDWR, CONTEXT)
+    last = entry.st_ctime_ns
+
+    async def change(**fields: int) -> None:
+        wanted = pyfuse3.EntryAttributes()
+        for name, value in fields.items():
+            setattr(wanted, f"st_{name}", value)
+        names = ("mode", "uid", "gid", "size", "atime", "mtime", "ctime")
+        updates = {f"update_{n}": n in fields or f"{n}_ns" in fields for n in names}
+        update = SimpleNamespace(**updates)
+        await filesystem.setattr(entry.st_ino, wanted, update, None, CONTEXT)
+
+    async def moved() -> bool:
+        nonlocal last
+        before, last = last, (await filesystem.getattr(entry.st_ino, CONTEXT)).st_ctime_ns
+        assert before <= last <= time.time_ns()
+        return before < last
+
+    for mtime_ns in (4_000_000_000 * 10**9, 10**9):
+        await change(mtime_ns=mtime_ns)
+        assert await moved()
+        await change(mode=0o600)
+        assert await moved()
+        time.sleep(0.02)  # the clock of the backing filesystem ticks that seldom
+        await filesystem.write(info.fh, 0, b"data")
+        assert await moved()
+        await change(mtime_ns=mtime_ns)
+        assert await moved()
+    await filesystem.release(info.fh)
+    assert not await moved()
+
+    info = await filesystem.open(entry.st_ino, os.O_RDWR, CONTEXT)
+    store.backing.set_times(entry.st_ino, 0, 10**9)  # moves its ctime, as a copy of the store does
+    assert not await moved()
+    time.sleep(0.02)
+    await filesystem.write(info.fh, 0, b"atad")
+    assert await moved()
+    await filesystem.release(info.fh)
+    assert not await moved()
+
+
+@pytest.mark.parametrize("by", ["fsync", "rename"])
+async def test_no_change_after_a_flush_that_failed(
+    filesystem: Filesystem, store: Store, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    def failing(fd: int) -> None:
+        raise fail(errno.EIO)
+
+    await filesystem.mknod(ROOT_INODE, b"old", FILE, 0, CONTEXT)
+    info, _ = await filesystem.create(ROOT_INODE, b"f", FILE, os.O_RDWR, CONTEXT)
+    with monkeypatch.context() as disk, pytest.raises(pyfuse3.FUSEError) as raised:
+        disk.setattr(os, "fsync", failing)
+        if by == "fsync":
+            await filesystem.fsync(info.fh, False)
+        else:
+            await filesystem.rename(ROOT_INODE, b"f", ROOT_INODE, b"old", 0, CONTEXT)
+    assert error_of(raised) == errno.EIO
+    with pytest.raises(pyfuse3.FUSEError) as raised:
+        await filesystem.fsync(info.fh, False)
+    assert error_of(raised) == errno.EROFS
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o755])

@@ -245,7 +245,7 @@ class StoreModel(RuleBasedStateMachine):
             return  # while it is written the backing file holds the truth
         self.tree[inode].mtime_ns = mtime_ns
         self.store.set_attributes(inode, mtime_ns=mtime_ns)
-        self.store.set_backing_times(inode, 0, mtime_ns)
+        self.store.backing.set_times(inode, 0, mtime_ns)
 
     @rule(what=PLACES, name=NAMES, value=st.binary(max_size=50))
     def set_xattr(self, what: int, name: bytes, value: bytes) -> None:
@@ -307,7 +307,7 @@ class StoreModel(RuleBasedStateMachine):
         content = self.store.content(inode)
         self.store.record_content(inode, content)
         self.tree[inode].writing = False
-        self.tree[inode].mtime_ns = content.mtime_ns
+        self.tree[inode].mtime_ns = content.st.st_mtime_ns
 
     # -------------------------------------------------------------------------------- durability
 
@@ -347,10 +347,10 @@ class StoreModel(RuleBasedStateMachine):
     @rule()
     def crash_before_backing_files_are_removed(self) -> None:
         self.store.backing.flush(self.store.to_flush())
-        dropped = self.store.finish_commit()
+        self.store.finish_commit()
         self.committed = copy.deepcopy(self.tree)
-        if dropped:
-            self.store.backing.remove(dropped[0])
+        for inode in list(self.store.to_remove)[:1]:
+            self.store.backing.remove(inode)
         self._crash()
 
     def _crash(self) -> None:
