@@ -438,7 +438,7 @@ class Store:
             raise StoreError(f"{self.path}: cannot commit: {_reason(e)}") from e
         with contextlib.suppress(
             OSError
-        ):  # it guards against a mistake to come; the commit is done
+        ):  # the commit is done; it guards against a mistake to come
             self.backing.record_given(given(self.db))
         self._flushing.clear()
         self._new.clear()
