@@ -202,8 +202,8 @@ class Importer:
             self.tally.unchanged += 1
             return
         with self._store.change():
-            if old is not None and self._store.unlink(parent, name).nlink == 0:
-                self._store.drop(old.id)
+            if old is not None:
+                self._store.remove(parent, name)
             self._store.link(inode, parent, name)
 
     def _same_content(self, old: Inode, path: bytes, st: os.stat_result) -> bool:

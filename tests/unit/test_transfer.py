@@ -1,0 +1,84 @@
+"""Import and export without a mount: what must not go wrong when a source, a disk or a user does."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from largefs.store import ROOT_INODE, Store
+from largefs.store.check import check
+from largefs.transfer.importer import Importer, Tally
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    path = tmp_path / "store"
+    Store.create(path)
+    return path
+
+
+def run_import(source: Path, store: Path) -> Tally:
+    with Store.open(store, "test") as opened:
+        return Importer(opened).run(os.fsencode(source))
+
+
+def content(store: Path, name: bytes) -> bytes:
+    with Store.open(store, "test") as opened:
+        row = opened.lookup(ROOT_INODE, name)
+        with opened.backing.opened(row.id) as fd:
+            return os.read(fd, row.size + 1)
+
+
+def is_clean(store: Path) -> bool:
+    problems = check(store, data=True).problems
+    assert not problems, problems
+    return True
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_a_drop_that_is_rolled_back_keeps_the_data(store: Path, error: BaseException) -> None:
+    with Store.open(store, "test") as opened:
+        kept = opened.make(ROOT_INODE, b"kept", stat.S_IFREG | 0o644, 0, 0).id
+        gone = opened.make(ROOT_INODE, b"gone", stat.S_IFREG | 0o644, 0, 0).id
+        with pytest.raises(type(error)), opened.change():
+            opened.remove(ROOT_INODE, b"kept")
+            raise error
+        with opened.change():
+            opened.remove(ROOT_INODE, b"gone")
+            with pytest.raises(type(error)), opened.change():
+                opened.remove(ROOT_INODE, b"kept")
+                raise error
+        assert kept in opened.to_flush()
+        assert gone not in opened.to_flush()
+        opened.commit()
+        assert opened.backing.stat(kept)
+        with pytest.raises(FileNotFoundError):
+            opened.backing.stat(gone)
+    assert is_clean(store)
+
+
+def test_a_replacement_that_fails_keeps_the_file(
+    source: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source / "file").write_bytes(b"precious")
+    run_import(source, store)
+    (source / "file").write_bytes(b"new")
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Store, "set_checksums", interrupt)
+        run_import(source, store)
+    assert is_clean(store)
+    assert content(store, b"file") == b"precious"
+    assert run_import(source, store).unchanged == 0
+    assert content(store, b"file") == b"new"
