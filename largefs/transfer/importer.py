@@ -14,6 +14,7 @@ import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from largefs.hugetext.align import Mode, plan
 from largefs.hugetext.view import View
@@ -76,7 +77,7 @@ class Importer:
         self._can_clone = True
         self._bytes_at_commit = 0
         self._time_of_commit = time.monotonic()
-        self._store_device = os.fstat(store.backing.fd)
+        self._store_directory = os.stat(store.path)
 
     def run(self, source: bytes, to: bytes = b"/") -> Tally:
         """Import what the directory `source` holds into the directory `to`, which is made if missing.
@@ -87,6 +88,8 @@ class Importer:
         st = os.stat(source)
         if not stat.S_ISDIR(st.st_mode):
             raise fail(errno.ENOTDIR)
+        if Path(os.fsdecode(source)).resolve().is_relative_to(self._store.path.resolve()):
+            raise OSError(errno.EINVAL, "is the store itself, or inside it")
         try:
             directory = self._directory(to)
             self._fill(directory, source)
@@ -134,9 +137,11 @@ class Importer:
                 self._leave_out(path, error)
 
     def _is_the_store(self, st: os.stat_result) -> bool:
-        """A store inside the tree that is imported is not part of it."""
-        mine = self._store_device
-        return (st.st_dev, st.st_ino) == (mine.st_dev, mine.st_ino)
+        """The store, inside the tree that is imported, is not part of it.
+
+        Nothing of it is opened: to close meta.db would release SQLite's lock (fcntl(2)).
+        """
+        return os.path.samestat(st, self._store_directory)
 
     def _leave_out(self, path: bytes, error: Exception) -> None:
         """Note a name that cannot be imported; a store that cannot be written ends the import."""

@@ -9,6 +9,7 @@ import pytest
 from largefs.store import ROOT_INODE, Store
 from largefs.store.check import check
 from largefs.transfer.importer import Importer, Tally
+from tests.mounts import largefs
 
 
 @pytest.fixture
@@ -82,3 +83,18 @@ def test_a_replacement_that_fails_keeps_the_file(
     assert content(store, b"file") == b"precious"
     assert run_import(source, store).unchanged == 0
     assert content(store, b"file") == b"new"
+
+
+def test_a_store_in_the_tree_is_left_out_and_stays_locked(source: Path) -> None:
+    (source / "file").write_bytes(b"content")
+    store = source / "store"
+    Store.create(store)
+    with Store.open(store, "test") as opened:
+        tally = Importer(opened).run(os.fsencode(source))
+        assert (tally.entries, tally.failed) == (1, [])
+        assert [d.name for d in opened.entries(ROOT_INODE)] == [b"file"]
+        assert "in use" in largefs("check", store, code=8).stderr
+        for inside in (store, store / "extents" / "00"):
+            with pytest.raises(OSError, match="the store itself"):
+                Importer(opened).run(os.fsencode(inside))
+    assert is_clean(store)
