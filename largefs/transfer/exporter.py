@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from largefs.hugetext.align import restore
 from largefs.hugetext.view import BadRecord
@@ -35,6 +36,7 @@ class Exporter:
         self.tally = Tally()
         self._store = store
         self._progress = progress
+        self._todo: list[tuple[bytes, Callable[[], None]]] = []  # a stack, for trees are deep
         self._links: dict[int, bytes] = {}  # inodes with several names -> where the first one is
         self._buffer = memoryview(bytearray(EXTENT_SIZE))
 
@@ -50,10 +52,18 @@ class Exporter:
         if os.listdir(target):
             raise fail(errno.ENOTEMPTY)
         if stat.S_ISDIR(row.mode):
-            self._fill(row.id, target, path)
-            self._finish(row, target, path)
+            self._fill(row, target, path)
         else:
             self._export(row, target + b"/" + name, path)
+        while self._todo:
+            path, step = self._todo.pop()
+            try:
+                step()
+            except OSError as e:
+                if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                    raise
+                self.tally.failed.append((path, e.strerror or str(e)))
+            self._progress(self.tally)
         return self.tally
 
     def _find(self, path: bytes) -> tuple[Inode, bytes]:
@@ -62,33 +72,30 @@ class Exporter:
             row = self._store.lookup(row.id, name)
         return row, name
 
-    def _fill(self, directory: int, target: bytes, path: bytes) -> None:
-        for d in list(self._store.entries(directory)):
+    def _fill(self, row: Inode, target: bytes, path: bytes) -> None:
+        """Have a directory's entries exported next, and then its metadata: they move its times."""
+        self._todo.append((path, partial(self._finish, row, target, path)))
+        for d in reversed(list(self._store.entries(row.id))):
             below, inside = target + b"/" + d.name, path.rstrip(b"/") + b"/" + d.name
-            try:
-                self._export(d.inode, below, inside)
-            except OSError as e:
-                if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                    raise
-                self.tally.failed.append((inside, e.strerror or str(e)))
-            self.tally.entries += 1
-            self._progress(self.tally)
+            self._todo.append((inside, partial(self._export, d.inode, below, inside)))
 
     def _export(self, row: Inode, target: bytes, path: bytes) -> None:
+        self.tally.entries += 1
         if row.id in self._links:
             os.link(self._links[row.id], target, follow_symlinks=False)
             return
         kind = stat.S_IFMT(row.mode)
         if kind == stat.S_IFDIR:
             os.mkdir(target, 0o700)
-            self._fill(row.id, target, path)
-        elif kind == stat.S_IFREG:
+            self._fill(row, target, path)
+            return
+        if kind == stat.S_IFREG:
             self._export_file(row, target)
         elif kind == stat.S_IFLNK:
             os.symlink(self._store.readlink(row.id), target)
         else:
             os.mknod(target, row.mode & ~0o7777 | 0o600, row.rdev)
-        if row.nlink > 1 and kind != stat.S_IFDIR:
+        if row.nlink > 1:
             self._links[row.id] = target
         self._finish(row, target, path)
 

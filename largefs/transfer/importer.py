@@ -14,6 +14,7 @@ import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from largefs.hugetext.align import Mode, plan
@@ -72,6 +73,7 @@ class Importer:
         self._store = store
         self._align = align
         self._progress = progress
+        self._todo: list[tuple[bytes, Callable[[], None]]] = []  # a stack, for trees are deep
         self._links: dict[tuple[int, int], int] = {}  # (st_dev, st_ino) with several names -> inode
         self._buffer = memoryview(bytearray(EXTENT_SIZE))
         self._can_clone = True
@@ -91,9 +93,14 @@ class Importer:
         if Path(os.fsdecode(source)).resolve().is_relative_to(self._store.path.resolve()):
             raise OSError(errno.EINVAL, "is the store itself, or inside it")
         try:
-            directory = self._directory(to)
-            self._fill(directory, source)
-            self._set_metadata(self._store.get(directory), st, _xattrs(source))
+            self._fill(self._directory(to), source, st)
+            while self._todo:
+                path, step = self._todo.pop()
+                try:
+                    step()
+                except (OSError, ChangedError) as error:
+                    self._leave_out(path, error)
+                self._report()
         finally:
             self._store.commit()
         return self.tally
@@ -112,29 +119,20 @@ class Importer:
             inode = row.id
         return inode
 
-    def _fill(self, directory: int, source: bytes) -> None:
-        """Import the entries of a source directory, its directories after everything else."""
+    def _fill(self, directory: int, source: bytes, st: os.stat_result) -> None:
+        """Have the entries of a source directory imported next, its directories after the others.
+
+        The directory's own metadata comes last: what is put into it moves its times.
+        """
         known = {d.name: d.inode for d in self._store.entries(directory)}
-        directories: list[tuple[bytes, os.stat_result]] = []
         with os.scandir(source) as entries:
-            for e in entries:
-                try:
-                    st = e.stat(follow_symlinks=False)
-                    if self._is_the_store(st):
-                        continue
-                    if stat.S_ISDIR(st.st_mode):
-                        directories.append((e.name, st))
-                    else:
-                        self._import(directory, e.name, e.path, st, known.get(e.name))
-                except (OSError, ChangedError) as error:
-                    self._leave_out(e.path, error)
-                self._count()
-        for name, st in directories:
-            path = source + b"/" + name
-            try:
-                self._import_directory(directory, name, path, st, known.get(name))
-            except OSError as error:
-                self._leave_out(path, error)
+            names = sorted(entries, key=lambda e: e.is_dir(follow_symlinks=False))
+        self._todo.append((source, partial(self._finish, directory, source, st)))
+        for e in reversed(names):
+            self._todo.append((e.path, partial(self._import, directory, e, known.get(e.name))))
+
+    def _finish(self, directory: int, source: bytes, st: os.stat_result) -> None:
+        self._set_metadata(self._store.get(directory), st, _xattrs(source))
 
     def _is_the_store(self, st: os.stat_result) -> bool:
         """The store, inside the tree that is imported, is not part of it.
@@ -152,8 +150,8 @@ class Importer:
         else:
             self.tally.failed.append((path, str(error)))
 
-    def _count(self) -> None:
-        self.tally.entries += 1
+    def _report(self) -> None:
+        """Between two names: show progress, and commit when it is time."""
         self._progress(self.tally)
         now = time.monotonic()
         if (
@@ -166,21 +164,28 @@ class Importer:
 
     # ---------------------------------------------------------------------------- one name at a time
 
+    def _import(self, parent: int, entry: os.DirEntry[bytes], old: Inode | None) -> None:
+        """Import what a name of the source is; `old` is what it names in the store."""
+        st = entry.stat(follow_symlinks=False)
+        if self._is_the_store(st):
+            return
+        self.tally.entries += 1
+        if stat.S_ISDIR(st.st_mode):
+            self._import_directory(parent, entry.name, entry.path, st, old)
+        else:
+            self._import_other(parent, entry.name, entry.path, st, old)
+
     def _import_directory(
         self, parent: int, name: bytes, path: bytes, st: os.stat_result, old: Inode | None
     ) -> None:
-        if old is not None and not stat.S_ISDIR(old.mode):
-            raise fail(errno.ENOTDIR)
         if old is None:
-            row = self._row(st, size=0, nlink=2)
-            self._store.adopt(parent, name, row, xattrs=_xattrs(path))
-            self._fill(row.id, path)
-            self._store.set_attributes(row.id, mtime_ns=st.st_mtime_ns)
-        else:
-            self._fill(old.id, path)
-            self._set_metadata(self._store.get(old.id), st, _xattrs(path))
+            old = self._row(st, size=0, nlink=2)
+            self._store.adopt(parent, name, old, xattrs=_xattrs(path))
+        elif not stat.S_ISDIR(old.mode):
+            raise fail(errno.ENOTDIR)
+        self._fill(old.id, path, st)
 
-    def _import(
+    def _import_other(
         self, parent: int, name: bytes, path: bytes, st: os.stat_result, old: Inode | None
     ) -> None:
         """Import anything but a directory."""
@@ -197,7 +202,7 @@ class Importer:
         elif stat.S_ISREG(st.st_mode):
             inode = self._import_file(parent, name, path, st)
         else:
-            inode = self._import_other(parent, name, path, st)
+            inode = self._import_special(parent, name, path, st)
         if st.st_nlink > 1:
             self._links[st.st_dev, st.st_ino] = inode
 
@@ -259,7 +264,7 @@ class Importer:
             writing=0,
         )
 
-    def _import_other(self, parent: int, name: bytes, path: bytes, st: os.stat_result) -> int:
+    def _import_special(self, parent: int, name: bytes, path: bytes, st: os.stat_result) -> int:
         """A symlink, device node, FIFO or socket."""
         target = os.readlink(path) if stat.S_ISLNK(st.st_mode) else b""
         row = self._row(st, size=len(target))

@@ -1,13 +1,19 @@
 """Import and export without a mount: what must not go wrong when a source, a disk or a user does."""
 
+import errno
 import os
 import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from largefs.store import ROOT_INODE, Store
+from largefs.store import ROOT_INODE, Store, StoreError
 from largefs.store.check import check
+from largefs.transfer import exporter, importer
+from largefs.transfer.exporter import Exporter
 from largefs.transfer.importer import Importer, Tally
 from tests.mounts import largefs
 
@@ -20,15 +26,22 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Path:
-    path = tmp_path / "store"
-    Store.create(path)
-    return path
+def store() -> Iterator[Path]:
+    """A store in memory: what is tested here is not the disk."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="largefs-test-", dir=memory) as directory:
+        Store.create(Path(directory) / "store")
+        yield Path(directory) / "store"
 
 
 def run_import(source: Path, store: Path) -> Tally:
     with Store.open(store, "test") as opened:
         return Importer(opened).run(os.fsencode(source))
+
+
+def run_export(store: Path, target: Path) -> exporter.Tally:
+    with Store.open(store, "test") as opened:
+        return Exporter(opened).run(b"/", os.fsencode(target))
 
 
 def content(store: Path, name: bytes) -> bytes:
@@ -98,3 +111,46 @@ def test_a_store_in_the_tree_is_left_out_and_stays_locked(source: Path) -> None:
             with pytest.raises(OSError, match="the store itself"):
                 Importer(opened).run(os.fsencode(inside))
     assert is_clean(store)
+
+
+def test_a_deep_tree_keeps_the_times_of_its_directories(
+    source: Path, store: Path, tmp_path: Path
+) -> None:
+    deepest, depth = source, 1200
+    for _ in range(depth):
+        deepest /= "d"
+        deepest.mkdir()
+    (deepest / "file").write_bytes(b"content")
+    directories = [source, *(source / Path(*["d"] * n) for n in range(1, depth + 1))]
+    for number, directory in enumerate(directories):
+        os.utime(directory, ns=(number, number))
+    for unchanged in (0, 1):
+        tally = run_import(source, store)
+        assert (tally.entries, tally.unchanged, tally.failed) == (depth + 1, unchanged, [])
+    out = tmp_path / "out"
+    exported = run_export(store, out)
+    assert (exported.entries, exported.failed) == (depth + 1, [])
+    for number, directory in enumerate(directories):
+        assert (out / directory.relative_to(source)).stat().st_mtime_ns == number
+    subprocess.run(["rm", "-r", source, out], check=True)  # pytest's own removal is recursive
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), StoreError("lost")])
+def test_an_error_of_the_store_is_none_of_the_source(
+    source: Path, store: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    (source / "directory").mkdir()
+    for name in "abc":
+        (source / "directory" / name).touch()
+    with Store.open(store, "test") as opened:
+        commits = iter([None, None, error])
+
+        def commit() -> None:
+            if failure := next(commits, None):
+                raise failure
+
+        monkeypatch.setattr(importer, "COMMIT_SECONDS", -1.0)
+        with monkeypatch.context() as patched, pytest.raises(type(error)) as raised:
+            patched.setattr(opened, "commit", commit)
+            Importer(opened).run(os.fsencode(source))
+        assert raised.value is error
