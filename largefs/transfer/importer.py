@@ -61,7 +61,11 @@ class ChangedError(Exception):
 
 
 class Importer:
-    """One import into an open store."""
+    """One import into an open store.
+
+    `progress` is called between two names. What it raises ends the import: nothing else can come
+    between the data of a file and its metadata.
+    """
 
     def __init__(
         self,
@@ -290,7 +294,7 @@ class Importer:
             finally:
                 os.close(written)
             self._store.adopt(parent, name, row, xattrs=xattrs, checksums=sums, alignment=alignment)
-        except BaseException:
+        except Exception:
             self._store.backing.remove(row.id)
             raise
         finally:

@@ -2,11 +2,14 @@
 
 import errno
 import os
+import signal
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +45,11 @@ def run_import(source: Path, store: Path) -> Tally:
 def run_export(store: Path, target: Path) -> exporter.Tally:
     with Store.open(store, "test") as opened:
         return Exporter(opened).run(b"/", os.fsencode(target))
+
+
+def names(store: Path) -> list[bytes]:
+    with Store.open(store, "test") as opened:
+        return [d.name for d in opened.entries(ROOT_INODE)]
 
 
 def content(store: Path, name: bytes) -> bytes:
@@ -86,12 +94,12 @@ def test_a_replacement_that_fails_keeps_the_file(
     run_import(source, store)
     (source / "file").write_bytes(b"new")
 
-    def interrupt(*args: object) -> None:
-        raise KeyboardInterrupt
+    def refuse(*args: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Store, "set_checksums", interrupt)
-        run_import(source, store)
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "set_checksums", refuse)
+        assert run_import(source, store).failed
     assert is_clean(store)
     assert content(store, b"file") == b"precious"
     assert run_import(source, store).unchanged == 0
@@ -154,3 +162,51 @@ def test_an_error_of_the_store_is_none_of_the_source(
             patched.setattr(opened, "commit", commit)
             Importer(opened).run(os.fsencode(source))
         assert raised.value is error
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_for_the_file_and_a_second_one_does_not(
+    source: Path, store: Path, number: int, times: int
+) -> None:
+    """It comes at the worst moment: the metadata is written, and not yet known to be."""
+    for name in ("one", "two"):
+        (source / name).write_text(name)
+    program = (
+        "import os; from largefs.cli import main; from largefs.store import Store\n"
+        "adopt = Store.adopt\n"
+        "def adopt_and_interrupt(*args, **options):\n"
+        "    adopt(*args, **options)\n"
+        f"    for _ in range({times}): os.kill(os.getpid(), {number})\n"
+        "Store.adopt = adopt_and_interrupt\n"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "import", source, store], capture_output=True, text=True
+    )
+    if times == 1:
+        assert (done.returncode, done.stderr) == (130, "largefs: interrupted\n")
+        (name,) = names(store)
+        assert content(store, name) == name
+    else:
+        assert done.returncode == -number
+        assert names(store) == []
+    assert is_clean(store)
+    assert run_import(source, store).unchanged == 2 - times
+
+
+def test_a_file_whose_metadata_is_written_keeps_its_data(
+    source: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source / "file").write_bytes(b"precious")
+    adopt = Store.adopt
+
+    def adopt_and_interrupt(*args: Any, **options: Any) -> None:
+        adopt(*args, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Store, "adopt", adopt_and_interrupt)
+        run_import(source, store)
+    assert is_clean(store)
+    assert content(store, b"file") == b"precious"
