@@ -96,6 +96,7 @@ class Importer:
             raise fail(errno.ENOTDIR)
         if Path(os.fsdecode(source)).resolve().is_relative_to(self._store.path.resolve()):
             raise OSError(errno.EINVAL, "is the store itself, or inside it")
+        _check_times(st)
         try:
             self._fill(self._directory(to), source, st)
             while self._todo:
@@ -174,6 +175,7 @@ class Importer:
         if self._is_the_store(st):
             return
         self.tally.entries += 1
+        _check_times(st)
         if stat.S_ISDIR(st.st_mode):
             self._import_directory(parent, entry.name, entry.path, st, old)
         else:
@@ -366,6 +368,12 @@ class Importer:
                 self._can_clone = e.errno == errno.EXDEV
             return False
         return True
+
+
+def _check_times(st: os.stat_result) -> None:
+    """The store has times as nanoseconds in 64 bits: from September 1677 to April 2262."""
+    if not all(-(1 << 63) <= ns < 1 << 63 for ns in (st.st_atime_ns, st.st_mtime_ns)):
+        raise OSError(errno.EOVERFLOW, "its times are not between 1678 and 2261; touch it")
 
 
 def _identity(st: os.stat_result) -> tuple[int, ...]:

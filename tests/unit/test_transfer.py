@@ -210,3 +210,29 @@ def test_a_file_whose_metadata_is_written_keeps_its_data(
         run_import(source, store)
     assert is_clean(store)
     assert content(store, b"file") == b"precious"
+
+
+def test_a_time_that_no_store_can_hold_leaves_out_the_name(source: Path, store: Path) -> None:
+    (source / "changed").write_bytes(b"old")
+    run_import(source, store)
+    late = 10_413_792_000  # 2300-01-01, in seconds
+    (source / "directory").mkdir()
+    for name in ("directory/inside", "good", "new"):
+        (source / name).touch()
+    (source / "changed").write_bytes(b"new")
+    for name in ("directory", "new", "changed"):
+        os.utime(source / name, (0, late))
+    if (source / "new").stat().st_mtime != late:
+        pytest.skip("the filesystem of tmp_path has no such times")
+    tally = run_import(source, store)
+    left_out = [os.fsencode(source / name) for name in ("changed", "directory", "new")]
+    assert sorted(path for path, _ in tally.failed) == left_out
+    assert {reason for _, reason in tally.failed} == {
+        "its times are not between 1678 and 2261; touch it"
+    }
+    assert sorted(names(store)) == [b"changed", b"good"]
+    assert content(store, b"changed") == b"old"
+    assert is_clean(store)
+    os.utime(source, (0, late))
+    said = largefs("import", source, store, code=1).stderr
+    assert said == f"largefs: {source}: its times are not between 1678 and 2261; touch it\n"
