@@ -79,6 +79,9 @@ class Importer:
         self._progress = progress
         self._todo: list[tuple[bytes, Callable[[], None]]] = []  # a stack, for trees are deep
         self._links: dict[tuple[int, int], int] = {}  # (st_dev, st_ino) with several names -> inode
+        self._kept: dict[
+            int, tuple[int, int]
+        ] = {}  # unchanged, with several names -> st_dev, st_ino
         self._buffer = memoryview(bytearray(EXTENT_SIZE))
         self._can_clone = True
         self._bytes_at_commit = 0
@@ -201,7 +204,7 @@ class Importer:
         if first is not None:
             self._import_link(parent, name, first, old)
             return
-        if old is not None and self._same_content(old, path, st):
+        if old is not None and self._same_content(old, path, st) and self._is_one(old, st):
             inode = old.id
             self._set_metadata(old, st, _xattrs(path))
             self.tally.unchanged += 1
@@ -232,6 +235,11 @@ class Importer:
         if stat.S_ISLNK(st.st_mode):
             return self._store.readlink(old.id) == os.readlink(path)
         return old.rdev == st.st_rdev
+
+    def _is_one(self, old: Inode, st: os.stat_result) -> bool:
+        """Whether all names of an inode in the store, so far, are names of one inode in the source."""
+        source = st.st_dev, st.st_ino
+        return old.nlink == 1 or self._kept.setdefault(old.id, source) == source
 
     def _set_metadata(self, row: Inode, st: os.stat_result, xattrs: dict[bytes, bytes]) -> None:
         """Bring mode, owner, times and xattrs of an inode up to date."""

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -236,3 +237,22 @@ def test_a_time_that_no_store_can_hold_leaves_out_the_name(source: Path, store: 
     os.utime(source, (0, late))
     said = largefs("import", source, store, code=1).stderr
     assert said == f"largefs: {source}: its times are not between 1678 and 2261; touch it\n"
+
+
+def test_a_hard_link_that_was_broken_is_broken_in_the_store(source: Path, store: Path) -> None:
+    (source / "a").write_bytes(b"content")
+    for name in ("b", "c"):
+        os.link(source / "a", source / name)
+    run_import(source, store)
+    shutil.copy2(source / "b", source / "new")
+    os.replace(source / "new", source / "b")
+    (source / "a").chmod(0o600)
+    (source / "b").chmod(0o666)
+    assert run_import(source, store).unchanged < 3
+    with Store.open(store, "test") as opened:
+        a, b, c = (opened.lookup(ROOT_INODE, name) for name in (b"a", b"b", b"c"))
+    assert a.id == c.id != b.id
+    assert (a.nlink, b.nlink) == (2, 1)
+    assert (stat.S_IMODE(a.mode), stat.S_IMODE(b.mode)) == (0o600, 0o666)
+    assert run_import(source, store).unchanged == 3
+    assert is_clean(store)
