@@ -17,6 +17,8 @@ from largefs.store.backing import data_ranges
 from largefs.store.store import fail
 from largefs.transfer.copy import copy_laid_out, copy_stretch
 
+CUT_SHORT = "its data in the store ends too early"
+
 
 @dataclass
 class Tally:
@@ -134,10 +136,12 @@ class Exporter:
         self.tally.copied += row.size
 
     def _copy(self, fd: int, to: int, size: int) -> None:
+        if os.fstat(fd).st_size < size:
+            raise OSError(errno.EIO, CUT_SHORT)
         os.ftruncate(to, size)
         for start, end in data_ranges(fd, size):
             if not copy_stretch(fd, to, start, end, self._buffer):
-                raise fail(errno.EIO)  # shorter than the metadata says
+                raise OSError(errno.EIO, CUT_SHORT)
 
 
 def copy_original(fd: int, to: int, record: bytes) -> None:
@@ -146,4 +150,5 @@ def copy_original(fd: int, to: int, record: bytes) -> None:
         layout = restore(record)
     except BadRecord as e:
         raise OSError(errno.EIO, str(e)) from None
-    copy_laid_out(fd, to, layout)
+    if not copy_laid_out(fd, to, layout):
+        raise OSError(errno.EIO, CUT_SHORT)

@@ -328,7 +328,8 @@ class Importer:
                 self._prepare_extents(fd, to, row.size)
             return row._replace(huge=huge), self._copy_plain(fd, to, row.size), None
         b.prefer_extents(to)
-        copy_laid_out(fd, to, aligned.layout)
+        if not copy_laid_out(fd, to, aligned.layout):
+            raise ChangedError(SHRUNK)
         size = aligned.layout.size
         alignment = os.fstat(fd).st_size, aligned.record()
         return row._replace(size=size, huge=huge), b.checksums(to, size), alignment

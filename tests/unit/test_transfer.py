@@ -19,6 +19,7 @@ from largefs.store.check import check
 from largefs.transfer import exporter, importer
 from largefs.transfer.exporter import Exporter
 from largefs.transfer.importer import Importer, Tally
+from tests.elf import images
 from tests.mounts import largefs
 
 
@@ -256,3 +257,18 @@ def test_a_hard_link_that_was_broken_is_broken_in_the_store(source: Path, store:
     assert (stat.S_IMODE(a.mode), stat.S_IMODE(b.mode)) == (0o600, 0o666)
     assert run_import(source, store).unchanged == 3
     assert is_clean(store)
+
+
+@pytest.mark.parametrize("image", [bytes(5000), images.lld(pie=True)], ids=["plain", "aligned"])
+def test_a_file_whose_data_is_cut_short_is_not_exported(
+    source: Path, store: Path, tmp_path: Path, image: bytes
+) -> None:
+    (source / "file").write_bytes(image)
+    run_import(source, store)
+    with Store.open(store, "test") as opened:
+        row = opened.lookup(ROOT_INODE, b"file")
+        assert (opened.alignment(row.id) is not None) == any(image)
+        os.truncate(store / "extents" / opened.backing.name(row.id), row.size - 1)
+    exported = run_export(store, tmp_path / "out")
+    assert exported.failed == [(b"/file", exporter.CUT_SHORT)]
+    assert os.listdir(tmp_path / "out") == []
