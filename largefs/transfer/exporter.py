@@ -6,7 +6,8 @@ Programs that the import aligned come out with their original bytes, bit for bit
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,6 +17,7 @@ from largefs.store import EXTENT_SIZE, ROOT_INODE, Inode, Store
 from largefs.store.backing import data_ranges
 from largefs.store.store import fail
 from largefs.transfer.copy import copy_laid_out, copy_stretch
+from largefs.transfer.metadata import set_metadata, xattrs_of
 
 CUT_SHORT = "its data in the store ends too early"
 
@@ -102,37 +104,23 @@ class Exporter:
         self._finish(row, target, path)
 
     def _finish(self, row: Inode, target: bytes, path: bytes) -> None:
-        """Owner, mode, xattrs and times, in the order in which none undoes another."""
-        lost = []
-        try:
-            os.chown(target, row.uid, row.gid, follow_symlinks=False)
-        except PermissionError:
-            lost.append("owner")
-        if not stat.S_ISLNK(row.mode):
-            os.chmod(target, stat.S_IMODE(row.mode))
-        for name, value in self._store.xattrs(row.id).items():
-            try:
-                os.setxattr(target, name, value, follow_symlinks=False)
-            except OSError:
-                lost.append(os.fsdecode(name))
-        os.utime(target, ns=(row.atime_ns, row.mtime_ns), follow_symlinks=False)
+        lost = set_metadata(
+            target,
+            row.mode,
+            (row.uid, row.gid),
+            self._store.xattrs(row.id),
+            (row.atime_ns, row.mtime_ns),
+        )
         if lost:
             self.tally.failed.append((path, "cannot set " + ", ".join(lost)))
 
     def _export_file(self, row: Inode, target: bytes) -> None:
-        with self._store.backing.opened(row.id) as fd:
-            to = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                alignment = self._store.alignment(row.id)
-                if alignment is None:
-                    self._copy(fd, to, row.size)
-                else:
-                    copy_original(fd, to, alignment[1])
-            except BaseException:
-                os.unlink(target)
-                raise
-            finally:
-                os.close(to)
+        with self._store.backing.opened(row.id) as fd, _new_file(target) as to:
+            alignment = self._store.alignment(row.id)
+            if alignment is None:
+                self._copy(fd, to, row.size)
+            else:
+                _copy_original(fd, to, alignment[1])
         self.tally.copied += row.size
 
     def _copy(self, fd: int, to: int, size: int) -> None:
@@ -144,8 +132,36 @@ class Exporter:
                 raise OSError(errno.EIO, CUT_SHORT)
 
 
-def copy_original(fd: int, to: int, record: bytes) -> None:
-    """Write the bytes that an aligned file had before the import; raises OSError (EIO: a bad record)."""
+def export_original(file: bytes, record: bytes, target: bytes) -> list[str]:
+    """Write what an aligned file on a mount was before the import to `target`, with its metadata.
+
+    Returns what could not be set of that; raises OSError (EIO: a bad record).
+    """
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        st = os.fstat(fd)
+        with _new_file(target) as to:
+            _copy_original(fd, to, record)
+    finally:
+        os.close(fd)
+    times = st.st_atime_ns, st.st_mtime_ns
+    return set_metadata(target, st.st_mode, (st.st_uid, st.st_gid), xattrs_of(file), times)
+
+
+@contextmanager
+def _new_file(target: bytes) -> Iterator[int]:
+    """A new file, open for writing while the block runs; it goes again if the block fails."""
+    fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    except BaseException:
+        os.unlink(target)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _copy_original(fd: int, to: int, record: bytes) -> None:
     try:
         layout = restore(record)
     except BadRecord as e:

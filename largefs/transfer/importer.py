@@ -23,6 +23,7 @@ from largefs.store import EXTENT_SIZE, ROOT_INODE, Inode, Store
 from largefs.store import backing as b
 from largefs.store.store import fail
 from largefs.transfer.copy import copy_laid_out, copy_stretch
+from largefs.transfer.metadata import xattrs_of
 
 COMMIT_BYTES = 1 << 30
 COMMIT_SECONDS = 10.0
@@ -32,9 +33,6 @@ WRITE_BEHIND = 1 << 20
 """Bytes: for files of this size and more the disk starts to write before the import is through."""
 
 FICLONE = 0x40049409  # linux/fs.h
-
-NOT_TO_IMPORT = (b"system.nfs4_acl", b"security.selinux")
-"""xattrs that belong to the filesystem a file was on, or to its policy, rather than to the file."""
 
 
 @dataclass
@@ -140,7 +138,7 @@ class Importer:
             self._todo.append((e.path, partial(self._import, directory, e, known.get(e.name))))
 
     def _finish(self, directory: int, source: bytes, st: os.stat_result) -> None:
-        self._set_metadata(self._store.get(directory), st, _xattrs(source))
+        self._set_metadata(self._store.get(directory), st, xattrs_of(source))
 
     def _is_the_store(self, st: os.stat_result) -> bool:
         """The store, inside the tree that is imported, is not part of it.
@@ -189,7 +187,7 @@ class Importer:
     ) -> None:
         if old is None:
             old = self._row(st, size=0, nlink=2)
-            self._store.adopt(parent, name, old, xattrs=_xattrs(path))
+            self._store.adopt(parent, name, old, xattrs=xattrs_of(path))
         elif not stat.S_ISDIR(old.mode):
             raise fail(errno.ENOTDIR)
         self._fill(old.id, path, st)
@@ -206,7 +204,7 @@ class Importer:
             return
         if old is not None and self._same_content(old, path, st) and self._is_one(old, st):
             inode = old.id
-            self._set_metadata(old, st, _xattrs(path))
+            self._set_metadata(old, st, xattrs_of(path))
             self.tally.unchanged += 1
         elif stat.S_ISREG(st.st_mode):
             inode = self._import_file(parent, name, path, st)
@@ -282,7 +280,7 @@ class Importer:
         """A symlink, device node, FIFO or socket."""
         target = os.readlink(path) if stat.S_ISLNK(st.st_mode) else b""
         row = self._row(st, size=len(target))
-        self._store.adopt(parent, name, row, target=target, xattrs=_xattrs(path))
+        self._store.adopt(parent, name, row, target=target, xattrs=xattrs_of(path))
         return row.id
 
     # ------------------------------------------------------------------------------- file contents
@@ -294,7 +292,7 @@ class Importer:
         try:
             written = self._store.backing.make(row.id)
             try:
-                xattrs = _xattrs(path)
+                xattrs = xattrs_of(path)
                 row, sums, alignment = self._copy(fd, written, row, path, xattrs)
                 after = os.fstat(fd)
                 if _identity(after) != _identity(st):
@@ -387,24 +385,3 @@ def _check_times(st: os.stat_result) -> None:
 
 def _identity(st: os.stat_result) -> tuple[int, ...]:
     return st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns
-
-
-def _xattrs(path: bytes) -> dict[bytes, bytes]:
-    """The xattrs of a name that are the file's own; none where the filesystem has none."""
-    try:
-        names = os.listxattr(path, follow_symlinks=False)
-    except OSError as e:
-        if e.errno in (errno.EOPNOTSUPP, errno.EPERM):
-            return {}
-        raise
-    found = {}
-    for name in names:
-        key = os.fsencode(name)
-        if key in NOT_TO_IMPORT:
-            continue
-        try:
-            found[key] = os.getxattr(path, name, follow_symlinks=False)
-        except OSError as e:
-            if e.errno != errno.ENODATA:
-                raise
-    return found
