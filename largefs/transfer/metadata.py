@@ -38,19 +38,23 @@ def set_metadata(
 ) -> list[str]:
     """Give a new name its owner, xattrs, mode and times, in the order in which none undoes another.
 
-    Returns what could not be set; raises OSError.
+    It loses the set-ID bits if it does not get its owner. Returns what could not be set; raises
+    OSError.
     """
     lost = []
     try:
         os.chown(target, *owner, follow_symlinks=False)
     except PermissionError:
         lost.append("owner")
-    if not stat.S_ISLNK(mode):
-        os.chmod(target, stat.S_IMODE(mode))
+        if mode & (stat.S_ISUID | stat.S_ISGID):
+            mode &= ~(stat.S_ISUID | stat.S_ISGID)
+            lost.append("set-ID bits")
     for name, value in xattrs.items():
         try:
             os.setxattr(target, name, value, follow_symlinks=False)
         except OSError:
             lost.append(os.fsdecode(name))
+    if not stat.S_ISLNK(mode):
+        os.chmod(target, stat.S_IMODE(mode))  # after user.*, which take the permission to write
     os.utime(target, ns=times_ns, follow_symlinks=False)
     return lost

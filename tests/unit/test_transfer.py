@@ -272,3 +272,37 @@ def test_a_file_whose_data_is_cut_short_is_not_exported(
     exported = run_export(store, tmp_path / "out")
     assert exported.failed == [(b"/file", exporter.CUT_SHORT)]
     assert os.listdir(tmp_path / "out") == []
+
+
+def test_an_export_without_privilege_gives_no_set_id_bits() -> None:
+    """What the user cannot own must not run as that user; a read-only file has its xattrs."""
+    if os.geteuid():
+        pytest.skip("only root has files of others")
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="largefs-test-") as directory:
+        place = Path(directory)
+        place.chmod(0o777)
+        source = place / "source"
+        source.mkdir()
+        (source / "program").touch()
+        (source / "program").chmod(0o6755)
+        (source / "read-only").touch()
+        os.setxattr(source / "read-only", "user.k", b"value")
+        (source / "read-only").chmod(0o444)
+        os.setegid(65534)
+        os.seteuid(65534)
+        try:
+            Store.create(place / "store")
+            run_import(source, place / "store")
+            failed = dict(run_export(place / "store", place / "out").failed)
+        finally:
+            os.seteuid(0)
+            os.setegid(0)
+        assert failed == {
+            b"/": "cannot set owner",
+            b"/program": "cannot set owner, set-ID bits",
+            b"/read-only": "cannot set owner",
+        }
+        program, read_only = ((place / "out" / n).stat() for n in ("program", "read-only"))
+        assert stat.S_IMODE(program.st_mode) == 0o755
+        assert stat.S_IMODE(read_only.st_mode) == 0o444
+        assert os.getxattr(place / "out" / "read-only", "user.k") == b"value"
