@@ -7,6 +7,9 @@ import stat
 FOREIGN = (b"system.nfs4_acl", b"security.selinux")
 """xattrs that belong to the filesystem a file was on, or to its policy, rather than to the file."""
 
+ACLS = {b"system.posix_acl_access", b"system.posix_acl_default"}
+"""xattrs that a new name gets from its directory's default ACL (acl(5))."""
+
 
 def xattrs_of(path: bytes) -> dict[bytes, bytes]:
     """The xattrs of a name that are the file's own; none where the filesystem has none."""
@@ -38,8 +41,8 @@ def set_metadata(
 ) -> list[str]:
     """Give a new name its owner, xattrs, mode and times, in the order in which none undoes another.
 
-    It loses the set-ID bits if it does not get its owner. Returns what could not be set; raises
-    OSError.
+    It loses an ACL that it has from its directory, and the set-ID bits if it does not get its owner.
+    Returns what could not be set; raises OSError.
     """
     lost = []
     try:
@@ -49,6 +52,9 @@ def set_metadata(
         if mode & (stat.S_ISUID | stat.S_ISGID):
             mode &= ~(stat.S_ISUID | stat.S_ISGID)
             lost.append("set-ID bits")
+    inherited = set() if stat.S_ISLNK(mode) else ACLS & xattrs_of(target).keys()
+    for name in inherited - xattrs.keys():
+        os.removexattr(target, name)
     for name, value in xattrs.items():
         try:
             os.setxattr(target, name, value, follow_symlinks=False)

@@ -274,6 +274,25 @@ def test_a_file_whose_data_is_cut_short_is_not_exported(
     assert os.listdir(tmp_path / "out") == []
 
 
+def test_acls_of_the_directory_do_not_come_into_an_export(
+    source: Path, store: Path, tmp_path: Path
+) -> None:
+    (source / "directory").mkdir()
+    (source / "directory" / "file").touch(0o640)
+    (source / "kept").touch()
+    subprocess.run(["setfacl", "-m", "u:daemon:rw", source / "kept"], check=True)
+    os.symlink("nowhere", source / "symlink")
+    run_import(source, store)
+    out = tmp_path / "out"
+    out.mkdir()
+    subprocess.run(["setfacl", "-m", "d:u:daemon:rwx,d:o::rwx", out], check=True)
+    assert not run_export(store, out).failed
+    exported = [out, out / "directory", out / "directory" / "file", out / "symlink"]
+    assert [os.listxattr(path, follow_symlinks=False) for path in exported] == [[]] * 4
+    assert os.listxattr(out / "kept") == ["system.posix_acl_access"]
+    assert stat.S_IMODE((out / "directory" / "file").stat().st_mode) == 0o640
+
+
 def test_an_export_without_privilege_gives_no_set_id_bits() -> None:
     """What the user cannot own must not run as that user; a read-only file has its xattrs."""
     if os.geteuid():
