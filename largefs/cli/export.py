@@ -11,7 +11,7 @@ from largefs.cli.errors import die, explained, show
 from largefs.cli.output import size
 from largefs.cli.progress import line
 from largefs.store import Store
-from largefs.transfer.exporter import Exporter, copy_original
+from largefs.transfer.exporter import Exporter, export_original
 
 
 @click.command("export")
@@ -54,7 +54,7 @@ def command(source: str, directory: Path, original: bool) -> None:
 
 
 def _export_original(file: Path, directory: Path) -> None:
-    """Write what FILE was before the import into DIR, with its mode and times."""
+    """Write what FILE was before the import into DIR, with its metadata."""
     try:
         record = os.getxattr(file, "user.largefs.alignment")
     except OSError as e:
@@ -63,22 +63,10 @@ def _export_original(file: Path, directory: Path) -> None:
         raise
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / file.name
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        st = os.fstat(fd)
-        to = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            copy_original(fd, to, record)
-            os.fchmod(to, st.st_mode & 0o777)
-            os.utime(to, ns=(st.st_atime_ns, st.st_mtime_ns))
-        except BaseException:
-            target.unlink()
-            raise
-        finally:
-            os.close(to)
-    finally:
-        os.close(fd)
+    lost = export_original(os.fsencode(file), record, os.fsencode(target))
     print(f"{target}: {size(target.stat().st_size)}")
+    if lost:
+        die(f"{target}: cannot set {', '.join(lost)}")
 
 
 def _split(source: str) -> tuple[Path, str]:

@@ -1,11 +1,15 @@
 """largefs import: bring a directory tree into a store."""
 
+import contextlib
 import errno
 import json
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import click
 
@@ -34,23 +38,55 @@ def command(directory: Path, store: Path, to: str, align: str, as_json: bool) ->
     """Import what DIR holds into STORE, with all its metadata; the store must not be mounted.
 
     Can be run again: only what is new or changed is copied, and nothing is removed. Files that
-    cannot be read, or change meanwhile, are left out and named.
+    cannot be read, or change meanwhile, are left out and named. An interrupt (or SIGTERM) ends it
+    after the file that is being copied, a second one at once; either keeps the store in order.
 
     Exit code: 0 all imported; 1 something was left out, or the import ended early.
     """
     start = time.monotonic()
     with (
         explained(),
+        _stoppable() as look,
         Store.open(store.absolute(), f"import of {directory}") as opened,
         line() as moving,
     ):
-        importer = Importer(opened, Mode(align), lambda t: moving(lambda: _progress(t, start)))
+
+        def progress(tally: Tally) -> None:
+            look()
+            moving(lambda: _progress(tally, start))
+
+        importer = Importer(opened, Mode(align), progress)
         try:
             tally = importer.run(os.fsencode(directory), os.fsencode(to))
         except OSError as e:
             _explain(e, importer.tally, directory)
     _print(tally, time.monotonic() - start, as_json=as_json)
     sys.exit(1 if tally.failed else 0)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[Callable[[], None]]:
+    """Give a function that raises KeyboardInterrupt if SIGINT or SIGTERM has come.
+
+    The second one ends the process, as a crash might: the store puts itself in order.
+    """
+    came = False
+
+    def note(number: int, _: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def look() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield look
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _progress(tally: Tally, start: float) -> str:

@@ -333,14 +333,16 @@ class Store:
             raise fail(errno.EROFS)
         if not self.db.in_transaction:
             self.db.execute("BEGIN IMMEDIATE")
+        dropped = len(self._dropped)
         try:
             with self.db:
                 yield
-        except apsw.FullError:
-            self._check_alive()
-            raise fail(errno.ENOSPC) from None
-        except apsw.Error:
-            self._check_alive()
+        except BaseException as e:
+            del self._dropped[dropped:]  # their rows are back
+            if isinstance(e, apsw.Error):
+                self._check_alive()
+            if isinstance(e, apsw.FullError):
+                raise fail(errno.ENOSPC) from None
             raise
 
     def _check_alive(self) -> None:
@@ -394,7 +396,7 @@ class Store:
         """
         self._flushing |= self._settled
         self._settled.clear()
-        return list(self._flushing | self._new)
+        return list((self._flushing | self._new).difference(self._dropped))
 
     @contextlib.contextmanager
     def flushing(self) -> Iterator[None]:
@@ -615,10 +617,8 @@ class Store:
         self._check_room()
         _check_name(name)
         with self.change():
-            if old := self.find(parent, name):
-                self.unlink(parent, name)
-                if old.nlink == 1:
-                    self.drop(old.id)
+            if self.find(parent, name):
+                self.remove(parent, name)
             self.db.execute(_NEW.replace("NULL", "?", 1), row)
             self._add_name(parent, name, row.id)
             if target:
@@ -667,6 +667,13 @@ class Store:
             self._remove_name(parent, name, row, now)
             self._touch_directory(parent, now)
         return self.get(row.id)
+
+    def remove(self, parent: int, name: bytes) -> None:
+        """`unlink`, and `drop` with the last name: for a file that nobody has open."""
+        with self.change():
+            row = self.unlink(parent, name)
+            if row.nlink == 0:
+                self.drop(row.id)
 
     def rmdir(self, parent: int, name: bytes) -> Inode:
         """Remove an empty directory; returns the inode as it is now. ENOENT, ENOTDIR, ENOTEMPTY."""
@@ -777,12 +784,9 @@ class Store:
     def drop(self, inode: int) -> None:
         """Remove an inode that has no name and that nobody uses; its backing file goes at `commit`."""
         with self.change():
-            regular = stat.S_ISREG(self.get(inode).mode)
+            if stat.S_ISREG(self.get(inode).mode):
+                self._dropped.append(inode)
             self._drop_rows(inode)
-        self._not_settled(inode)
-        self._new.discard(inode)
-        if regular:
-            self._dropped.append(inode)
 
     def _drop_rows(self, inode: int) -> None:
         for table in ("extents", "xattrs", "symlinks", "alignments"):
@@ -841,7 +845,8 @@ class Store:
         True: the file was clean on disk, so the caller must `commit` before it lets anyone write,
         or a crash would leave checksums that claim too much.
         """
-        self._not_settled(inode)
+        self._settled.discard(inode)
+        self._flushing.discard(inode)
         if not self.get(inode).writing:
             with self.change():
                 self.db.execute("UPDATE inodes SET writing = 1 WHERE id = ?", (inode,))
@@ -849,10 +854,6 @@ class Store:
             if inode not in self._new:
                 self._marked.add(inode)
         return inode in self._marked
-
-    def _not_settled(self, inode: int) -> None:
-        self._settled.discard(inode)
-        self._flushing.discard(inode)
 
     def has_writer(self, inode: int) -> bool:
         """Whether a process has the backing file open for writing, or mapped so; raises OSError."""

@@ -30,8 +30,14 @@ def copy_stretch(fd: int, to: int, start: int, end: int, buffer: memoryview) -> 
     return True
 
 
-def copy_laid_out(fd: int, to: int, layout: Layout) -> None:
-    """Write what `layout` makes of the source into an empty file; raises OSError."""
+def copy_laid_out(fd: int, to: int, layout: Layout) -> bool:
+    """Write what `layout` makes of the source into an empty file; raises OSError.
+
+    False, and nothing is written: the source ends before its last piece does.
+    """
+    if os.fstat(fd).st_size < max((p.source + p.length for p in layout.pieces), default=0):
+        return False
     for offset, data in chunks(View.of_file(fd), layout):
         write_full(to, data, offset)
     os.ftruncate(to, layout.size)
+    return True

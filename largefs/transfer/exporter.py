@@ -6,8 +6,10 @@ Programs that the import aligned come out with their original bytes, bit for bit
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from largefs.hugetext.align import restore
 from largefs.hugetext.view import BadRecord
@@ -15,6 +17,9 @@ from largefs.store import EXTENT_SIZE, ROOT_INODE, Inode, Store
 from largefs.store.backing import data_ranges
 from largefs.store.store import fail
 from largefs.transfer.copy import copy_laid_out, copy_stretch
+from largefs.transfer.metadata import set_metadata, xattrs_of
+
+CUT_SHORT = "its data in the store ends too early"
 
 
 @dataclass
@@ -35,6 +40,7 @@ class Exporter:
         self.tally = Tally()
         self._store = store
         self._progress = progress
+        self._todo: list[tuple[bytes, Callable[[], None]]] = []  # a stack, for trees are deep
         self._links: dict[int, bytes] = {}  # inodes with several names -> where the first one is
         self._buffer = memoryview(bytearray(EXTENT_SIZE))
 
@@ -50,10 +56,18 @@ class Exporter:
         if os.listdir(target):
             raise fail(errno.ENOTEMPTY)
         if stat.S_ISDIR(row.mode):
-            self._fill(row.id, target, path)
-            self._finish(row, target, path)
+            self._fill(row, target, path)
         else:
             self._export(row, target + b"/" + name, path)
+        while self._todo:
+            path, step = self._todo.pop()
+            try:
+                step()
+            except OSError as e:
+                if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                    raise
+                self.tally.failed.append((path, e.strerror or str(e)))
+            self._progress(self.tally)
         return self.tally
 
     def _find(self, path: bytes) -> tuple[Inode, bytes]:
@@ -62,81 +76,95 @@ class Exporter:
             row = self._store.lookup(row.id, name)
         return row, name
 
-    def _fill(self, directory: int, target: bytes, path: bytes) -> None:
-        for d in list(self._store.entries(directory)):
+    def _fill(self, row: Inode, target: bytes, path: bytes) -> None:
+        """Have a directory's entries exported next, and then its metadata: they move its times."""
+        self._todo.append((path, partial(self._finish, row, target, path)))
+        for d in reversed(list(self._store.entries(row.id))):
             below, inside = target + b"/" + d.name, path.rstrip(b"/") + b"/" + d.name
-            try:
-                self._export(d.inode, below, inside)
-            except OSError as e:
-                if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                    raise
-                self.tally.failed.append((inside, e.strerror or str(e)))
-            self.tally.entries += 1
-            self._progress(self.tally)
+            self._todo.append((inside, partial(self._export, d.inode, below, inside)))
 
     def _export(self, row: Inode, target: bytes, path: bytes) -> None:
+        self.tally.entries += 1
         if row.id in self._links:
             os.link(self._links[row.id], target, follow_symlinks=False)
             return
         kind = stat.S_IFMT(row.mode)
         if kind == stat.S_IFDIR:
             os.mkdir(target, 0o700)
-            self._fill(row.id, target, path)
-        elif kind == stat.S_IFREG:
+            self._fill(row, target, path)
+            return
+        if kind == stat.S_IFREG:
             self._export_file(row, target)
         elif kind == stat.S_IFLNK:
             os.symlink(self._store.readlink(row.id), target)
         else:
             os.mknod(target, row.mode & ~0o7777 | 0o600, row.rdev)
-        if row.nlink > 1 and kind != stat.S_IFDIR:
+        if row.nlink > 1:
             self._links[row.id] = target
         self._finish(row, target, path)
 
     def _finish(self, row: Inode, target: bytes, path: bytes) -> None:
-        """Owner, mode, xattrs and times, in the order in which none undoes another."""
-        lost = []
-        try:
-            os.chown(target, row.uid, row.gid, follow_symlinks=False)
-        except PermissionError:
-            lost.append("owner")
-        if not stat.S_ISLNK(row.mode):
-            os.chmod(target, stat.S_IMODE(row.mode))
-        for name, value in self._store.xattrs(row.id).items():
-            try:
-                os.setxattr(target, name, value, follow_symlinks=False)
-            except OSError:
-                lost.append(os.fsdecode(name))
-        os.utime(target, ns=(row.atime_ns, row.mtime_ns), follow_symlinks=False)
+        lost = set_metadata(
+            target,
+            row.mode,
+            (row.uid, row.gid),
+            self._store.xattrs(row.id),
+            (row.atime_ns, row.mtime_ns),
+        )
         if lost:
             self.tally.failed.append((path, "cannot set " + ", ".join(lost)))
 
     def _export_file(self, row: Inode, target: bytes) -> None:
-        with self._store.backing.opened(row.id) as fd:
-            to = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                alignment = self._store.alignment(row.id)
-                if alignment is None:
-                    self._copy(fd, to, row.size)
-                else:
-                    copy_original(fd, to, alignment[1])
-            except BaseException:
-                os.unlink(target)
-                raise
-            finally:
-                os.close(to)
+        with self._store.backing.opened(row.id) as fd, _new_file(target) as to:
+            alignment = self._store.alignment(row.id)
+            if alignment is None:
+                self._copy(fd, to, row.size)
+            else:
+                _copy_original(fd, to, alignment[1])
         self.tally.copied += row.size
 
     def _copy(self, fd: int, to: int, size: int) -> None:
+        if os.fstat(fd).st_size < size:
+            raise OSError(errno.EIO, CUT_SHORT)
         os.ftruncate(to, size)
         for start, end in data_ranges(fd, size):
             if not copy_stretch(fd, to, start, end, self._buffer):
-                raise fail(errno.EIO)  # shorter than the metadata says
+                raise OSError(errno.EIO, CUT_SHORT)
 
 
-def copy_original(fd: int, to: int, record: bytes) -> None:
-    """Write the bytes that an aligned file had before the import; raises OSError (EIO: a bad record)."""
+def export_original(file: bytes, record: bytes, target: bytes) -> list[str]:
+    """Write what an aligned file on a mount was before the import to `target`, with its metadata.
+
+    Returns what could not be set of that; raises OSError (EIO: a bad record).
+    """
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        st = os.fstat(fd)
+        with _new_file(target) as to:
+            _copy_original(fd, to, record)
+    finally:
+        os.close(fd)
+    times = st.st_atime_ns, st.st_mtime_ns
+    return set_metadata(target, st.st_mode, (st.st_uid, st.st_gid), xattrs_of(file), times)
+
+
+@contextmanager
+def _new_file(target: bytes) -> Iterator[int]:
+    """A new file, open for writing while the block runs; it goes again if the block fails."""
+    fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    except BaseException:
+        os.unlink(target)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _copy_original(fd: int, to: int, record: bytes) -> None:
     try:
         layout = restore(record)
     except BadRecord as e:
         raise OSError(errno.EIO, str(e)) from None
-    copy_laid_out(fd, to, layout)
+    if not copy_laid_out(fd, to, layout):
+        raise OSError(errno.EIO, CUT_SHORT)

@@ -14,6 +14,8 @@ import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 from largefs.hugetext.align import Mode, plan
 from largefs.hugetext.view import View
@@ -21,6 +23,7 @@ from largefs.store import EXTENT_SIZE, ROOT_INODE, Inode, Store
 from largefs.store import backing as b
 from largefs.store.store import fail
 from largefs.transfer.copy import copy_laid_out, copy_stretch
+from largefs.transfer.metadata import xattrs_of
 
 COMMIT_BYTES = 1 << 30
 COMMIT_SECONDS = 10.0
@@ -30,9 +33,6 @@ WRITE_BEHIND = 1 << 20
 """Bytes: for files of this size and more the disk starts to write before the import is through."""
 
 FICLONE = 0x40049409  # linux/fs.h
-
-NOT_TO_IMPORT = (b"system.nfs4_acl", b"security.selinux")
-"""xattrs that belong to the filesystem a file was on, or to its policy, rather than to the file."""
 
 
 @dataclass
@@ -59,7 +59,11 @@ class ChangedError(Exception):
 
 
 class Importer:
-    """One import into an open store."""
+    """One import into an open store.
+
+    `progress` is called between two names. What it raises ends the import: nothing else can come
+    between the data of a file and its metadata.
+    """
 
     def __init__(
         self,
@@ -71,12 +75,16 @@ class Importer:
         self._store = store
         self._align = align
         self._progress = progress
+        self._todo: list[tuple[bytes, Callable[[], None]]] = []  # a stack, for trees are deep
         self._links: dict[tuple[int, int], int] = {}  # (st_dev, st_ino) with several names -> inode
+        self._kept: dict[
+            int, tuple[int, int]
+        ] = {}  # unchanged, with several names -> st_dev, st_ino
         self._buffer = memoryview(bytearray(EXTENT_SIZE))
         self._can_clone = True
         self._bytes_at_commit = 0
         self._time_of_commit = time.monotonic()
-        self._store_device = os.fstat(store.backing.fd)
+        self._store_directory = os.stat(store.path)
 
     def run(self, source: bytes, to: bytes = b"/") -> Tally:
         """Import what the directory `source` holds into the directory `to`, which is made if missing.
@@ -87,10 +95,18 @@ class Importer:
         st = os.stat(source)
         if not stat.S_ISDIR(st.st_mode):
             raise fail(errno.ENOTDIR)
+        if Path(os.fsdecode(source)).resolve().is_relative_to(self._store.path.resolve()):
+            raise OSError(errno.EINVAL, "is the store itself, or inside it")
+        _check_times(st)
         try:
-            directory = self._directory(to)
-            self._fill(directory, source)
-            self._set_metadata(self._store.get(directory), st, _xattrs(source))
+            self._fill(self._directory(to), source, st)
+            while self._todo:
+                path, step = self._todo.pop()
+                try:
+                    step()
+                except (OSError, ChangedError) as error:
+                    self._leave_out(path, error)
+                self._report()
         finally:
             self._store.commit()
         return self.tally
@@ -109,34 +125,27 @@ class Importer:
             inode = row.id
         return inode
 
-    def _fill(self, directory: int, source: bytes) -> None:
-        """Import the entries of a source directory, its directories after everything else."""
+    def _fill(self, directory: int, source: bytes, st: os.stat_result) -> None:
+        """Have the entries of a source directory imported next, its directories after the others.
+
+        The directory's own metadata comes last: what is put into it moves its times.
+        """
         known = {d.name: d.inode for d in self._store.entries(directory)}
-        directories: list[tuple[bytes, os.stat_result]] = []
         with os.scandir(source) as entries:
-            for e in entries:
-                try:
-                    st = e.stat(follow_symlinks=False)
-                    if self._is_the_store(st):
-                        continue
-                    if stat.S_ISDIR(st.st_mode):
-                        directories.append((e.name, st))
-                    else:
-                        self._import(directory, e.name, e.path, st, known.get(e.name))
-                except (OSError, ChangedError) as error:
-                    self._leave_out(e.path, error)
-                self._count()
-        for name, st in directories:
-            path = source + b"/" + name
-            try:
-                self._import_directory(directory, name, path, st, known.get(name))
-            except OSError as error:
-                self._leave_out(path, error)
+            names = sorted(entries, key=lambda e: e.is_dir(follow_symlinks=False))
+        self._todo.append((source, partial(self._finish, directory, source, st)))
+        for e in reversed(names):
+            self._todo.append((e.path, partial(self._import, directory, e, known.get(e.name))))
+
+    def _finish(self, directory: int, source: bytes, st: os.stat_result) -> None:
+        self._set_metadata(self._store.get(directory), st, xattrs_of(source))
 
     def _is_the_store(self, st: os.stat_result) -> bool:
-        """A store inside the tree that is imported is not part of it."""
-        mine = self._store_device
-        return (st.st_dev, st.st_ino) == (mine.st_dev, mine.st_ino)
+        """The store, inside the tree that is imported, is not part of it.
+
+        Nothing of it is opened: to close meta.db would release SQLite's lock (fcntl(2)).
+        """
+        return os.path.samestat(st, self._store_directory)
 
     def _leave_out(self, path: bytes, error: Exception) -> None:
         """Note a name that cannot be imported; a store that cannot be written ends the import."""
@@ -147,8 +156,8 @@ class Importer:
         else:
             self.tally.failed.append((path, str(error)))
 
-    def _count(self) -> None:
-        self.tally.entries += 1
+    def _report(self) -> None:
+        """Between two names: show progress, and commit when it is time."""
         self._progress(self.tally)
         now = time.monotonic()
         if (
@@ -161,21 +170,29 @@ class Importer:
 
     # ---------------------------------------------------------------------------- one name at a time
 
+    def _import(self, parent: int, entry: os.DirEntry[bytes], old: Inode | None) -> None:
+        """Import what a name of the source is; `old` is what it names in the store."""
+        st = entry.stat(follow_symlinks=False)
+        if self._is_the_store(st):
+            return
+        self.tally.entries += 1
+        _check_times(st)
+        if stat.S_ISDIR(st.st_mode):
+            self._import_directory(parent, entry.name, entry.path, st, old)
+        else:
+            self._import_other(parent, entry.name, entry.path, st, old)
+
     def _import_directory(
         self, parent: int, name: bytes, path: bytes, st: os.stat_result, old: Inode | None
     ) -> None:
-        if old is not None and not stat.S_ISDIR(old.mode):
-            raise fail(errno.ENOTDIR)
         if old is None:
-            row = self._row(st, size=0, nlink=2)
-            self._store.adopt(parent, name, row, xattrs=_xattrs(path))
-            self._fill(row.id, path)
-            self._store.set_attributes(row.id, mtime_ns=st.st_mtime_ns)
-        else:
-            self._fill(old.id, path)
-            self._set_metadata(self._store.get(old.id), st, _xattrs(path))
+            old = self._row(st, size=0, nlink=2)
+            self._store.adopt(parent, name, old, xattrs=xattrs_of(path))
+        elif not stat.S_ISDIR(old.mode):
+            raise fail(errno.ENOTDIR)
+        self._fill(old.id, path, st)
 
-    def _import(
+    def _import_other(
         self, parent: int, name: bytes, path: bytes, st: os.stat_result, old: Inode | None
     ) -> None:
         """Import anything but a directory."""
@@ -185,14 +202,14 @@ class Importer:
         if first is not None:
             self._import_link(parent, name, first, old)
             return
-        if old is not None and self._same_content(old, path, st):
+        if old is not None and self._same_content(old, path, st) and self._is_one(old, st):
             inode = old.id
-            self._set_metadata(old, st, _xattrs(path))
+            self._set_metadata(old, st, xattrs_of(path))
             self.tally.unchanged += 1
         elif stat.S_ISREG(st.st_mode):
             inode = self._import_file(parent, name, path, st)
         else:
-            inode = self._import_other(parent, name, path, st)
+            inode = self._import_special(parent, name, path, st)
         if st.st_nlink > 1:
             self._links[st.st_dev, st.st_ino] = inode
 
@@ -202,8 +219,8 @@ class Importer:
             self.tally.unchanged += 1
             return
         with self._store.change():
-            if old is not None and self._store.unlink(parent, name).nlink == 0:
-                self._store.drop(old.id)
+            if old is not None:
+                self._store.remove(parent, name)
             self._store.link(inode, parent, name)
 
     def _same_content(self, old: Inode, path: bytes, st: os.stat_result) -> bool:
@@ -216,6 +233,11 @@ class Importer:
         if stat.S_ISLNK(st.st_mode):
             return self._store.readlink(old.id) == os.readlink(path)
         return old.rdev == st.st_rdev
+
+    def _is_one(self, old: Inode, st: os.stat_result) -> bool:
+        """Whether all names of an inode in the store, so far, are names of one inode in the source."""
+        source = st.st_dev, st.st_ino
+        return old.nlink == 1 or self._kept.setdefault(old.id, source) == source
 
     def _set_metadata(self, row: Inode, st: os.stat_result, xattrs: dict[bytes, bytes]) -> None:
         """Bring mode, owner, times and xattrs of an inode up to date."""
@@ -254,11 +276,11 @@ class Importer:
             writing=0,
         )
 
-    def _import_other(self, parent: int, name: bytes, path: bytes, st: os.stat_result) -> int:
+    def _import_special(self, parent: int, name: bytes, path: bytes, st: os.stat_result) -> int:
         """A symlink, device node, FIFO or socket."""
         target = os.readlink(path) if stat.S_ISLNK(st.st_mode) else b""
         row = self._row(st, size=len(target))
-        self._store.adopt(parent, name, row, target=target, xattrs=_xattrs(path))
+        self._store.adopt(parent, name, row, target=target, xattrs=xattrs_of(path))
         return row.id
 
     # ------------------------------------------------------------------------------- file contents
@@ -270,7 +292,7 @@ class Importer:
         try:
             written = self._store.backing.make(row.id)
             try:
-                xattrs = _xattrs(path)
+                xattrs = xattrs_of(path)
                 row, sums, alignment = self._copy(fd, written, row, path, xattrs)
                 after = os.fstat(fd)
                 if _identity(after) != _identity(st):
@@ -280,7 +302,7 @@ class Importer:
             finally:
                 os.close(written)
             self._store.adopt(parent, name, row, xattrs=xattrs, checksums=sums, alignment=alignment)
-        except BaseException:
+        except Exception:
             self._store.backing.remove(row.id)
             raise
         finally:
@@ -304,7 +326,8 @@ class Importer:
                 self._prepare_extents(fd, to, row.size)
             return row._replace(huge=huge), self._copy_plain(fd, to, row.size), None
         b.prefer_extents(to)
-        copy_laid_out(fd, to, aligned.layout)
+        if not copy_laid_out(fd, to, aligned.layout):
+            raise ChangedError(SHRUNK)
         size = aligned.layout.size
         alignment = os.fstat(fd).st_size, aligned.record()
         return row._replace(size=size, huge=huge), b.checksums(to, size), alignment
@@ -354,26 +377,11 @@ class Importer:
         return True
 
 
+def _check_times(st: os.stat_result) -> None:
+    """The store has times as nanoseconds in 64 bits: from September 1677 to April 2262."""
+    if not all(-(1 << 63) <= ns < 1 << 63 for ns in (st.st_atime_ns, st.st_mtime_ns)):
+        raise OSError(errno.EOVERFLOW, "its times are not between 1678 and 2261; touch it")
+
+
 def _identity(st: os.stat_result) -> tuple[int, ...]:
     return st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns
-
-
-def _xattrs(path: bytes) -> dict[bytes, bytes]:
-    """The xattrs of a name that are the file's own; none where the filesystem has none."""
-    try:
-        names = os.listxattr(path, follow_symlinks=False)
-    except OSError as e:
-        if e.errno in (errno.EOPNOTSUPP, errno.EPERM):
-            return {}
-        raise
-    found = {}
-    for name in names:
-        key = os.fsencode(name)
-        if key in NOT_TO_IMPORT:
-            continue
-        try:
-            found[key] = os.getxattr(path, name, follow_symlinks=False)
-        except OSError as e:
-            if e.errno != errno.ENODATA:
-                raise
-    return found

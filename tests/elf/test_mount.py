@@ -46,11 +46,18 @@ def test_a_pie_runs_on_2_mib_pages(mounts: Mounts, source: Path) -> None:
 
 
 def test_export_gives_the_first_bytes(mounts: Mounts, source: Path, tmp_path: Path) -> None:
+    os.setxattr(source / "gdb", "user.colour", b"green")
+    os.chown(source / "gdb", 1234, 2345)
+    (source / "gdb").chmod(0o2711)
     mount = imported(mounts, source, align="auto")
     assert (mount.path / "gdb").read_bytes() != (source / "gdb").read_bytes()
     assert (mount.path / "broken").read_bytes() == (source / "broken").read_bytes()
     largefs("export", "--original", mount.path / "gdb", tmp_path / "one")
     assert (tmp_path / "one/gdb").read_bytes() == (source / "gdb").read_bytes()
+    one, original = (tmp_path / "one/gdb").stat(), (source / "gdb").stat()
+    assert (one.st_mode, one.st_uid, one.st_gid) == (0o102711, 1234, 2345)
+    assert one.st_mtime_ns == original.st_mtime_ns
+    assert os.getxattr(tmp_path / "one/gdb", "user.colour") == b"green"
     said = largefs("export", "--original", mount.path / "broken", tmp_path / "one", code=1).stderr
     assert "it is the original" in said
     mount.unmount()
