@@ -77,9 +77,7 @@ class Importer:
         self._progress = progress
         self._todo: list[tuple[bytes, Callable[[], None]]] = []  # a stack, for trees are deep
         self._links: dict[tuple[int, int], int] = {}  # (st_dev, st_ino) with several names -> inode
-        self._kept: dict[
-            int, tuple[int, int]
-        ] = {}  # unchanged, with several names -> st_dev, st_ino
+        self._kept: dict[int, tuple[int, int]] = {}  # unchanged ones, the other way
         self._buffer = memoryview(bytearray(EXTENT_SIZE))
         self._can_clone = True
         self._bytes_at_commit = 0
