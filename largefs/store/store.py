@@ -438,9 +438,8 @@ class Store:
                 self._failed = True
                 raise ReadOnlyError(f"{self.path}: metadata lost: {_reason(e)}") from e
             raise StoreError(f"{self.path}: cannot commit: {_reason(e)}") from e
-        with contextlib.suppress(
-            OSError
-        ):  # the commit is done; it guards against a mistake to come
+        # The commit is done: this only guards against a mistake to come
+        with contextlib.suppress(OSError):
             self.backing.record_given(given(self.db))
         self._flushing.clear()
         self._new.clear()
