@@ -72,12 +72,14 @@ def _serve(
     from largefs.filesystem.daemon import Mount, MountError, check_mountpoint
 
     def ready(said: str) -> None:
+        nonlocal report
         if foreground:
             print(f"largefs: mounted at {mountpoint}: {said}", file=sys.stderr)
             _notify_systemd(f"READY=1\nSTATUS={said}")
         else:
             os.write(report, b"+" + said.encode())
             os.close(report)
+            report = -1
             _detach_output()
 
     try:
@@ -88,9 +90,9 @@ def _serve(
         message = str(e) if not isinstance(e, OSError) else f"{store}: {e}"
         if foreground:
             die(message, FAILURE)
-        try:
+        if report >= 0:
             os.write(report, b"-" + message.encode())
-        except OSError:  # the mount had been reported; this is its end
+        else:  # the mount had been reported; this is its end
             logging.getLogger(__name__).error("%s", message)
         sys.exit(FAILURE)
 

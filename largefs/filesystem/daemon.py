@@ -105,9 +105,13 @@ class Mount:
                 f"{self._mountpoint}: the mount was refused; {_who_may_mount()}"
             ) from e
         try:
-            trio.run(functools.partial(self._serve, probe, on_ready))
-        finally:
-            self._end()
+            try:
+                trio.run(functools.partial(self._serve, probe, on_ready))
+            finally:
+                self._end()
+        except Exception as e:  # a group, if it comes from a nursery
+            log.critical("%s: the mount ends by an error", self._mountpoint, exc_info=True)
+            raise MountError(f"{self._mountpoint}: the mount ended by an error: {e!r}") from e
 
     def _wanted(self, probe: routes.Probe) -> Wanted:
         route = self._options.route

@@ -79,3 +79,21 @@ def test_sigterm_ends_the_mount_and_closes_the_store(mounts: Mounts) -> None:
     assert not (m.store / "owner").exists()
     m.mount()
     assert (m.path / "file").read_bytes() == b"content"
+
+
+UNFORESEEN = """
+from largefs.filesystem.operations import Filesystem
+async def forget(self, inodes): raise RuntimeError("unforeseen")
+Filesystem.forget = forget
+"""
+
+
+def test_an_error_that_ends_the_mount_is_logged(mounts: Mounts) -> None:
+    m = mounts.make(patch=UNFORESEEN)
+    m.expected = ["."]
+    (m.path / "file").write_bytes(b"content")
+    (m.path / "file").unlink()
+    m.wait_for_end()
+    assert "CRITICAL" in m.log.read_text()
+    assert "RuntimeError: unforeseen" in m.log.read_text()
+    assert not (m.store / "owner").exists(), "the store was let go all the same"
