@@ -89,7 +89,7 @@ class Mount:
         )
 
     def run(self, on_ready: Callable[[str], None]) -> None:
-        """Mount and serve until it is unmounted or SIGTERM, SIGINT comes.
+        """Mount and serve until it is unmounted or SIGTERM, SIGINT or SIGHUP comes.
 
         `on_ready` gets one line about the route as soon as the mount is usable. Raises MountError.
         """
@@ -176,7 +176,10 @@ class Mount:
         return f"text in 4 KiB pages: {why} (largefs doctor {self._store.path} says more)"
 
     async def _wait_for_signal(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        ends = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup(1)
+            ends.remove(signal.SIGHUP)
+        with trio.open_signal_receiver(*ends) as signals:
             async for number in signals:
                 log.info("%s: ends on %s", self._mountpoint, signal.Signals(number).name)
                 pyfuse3.terminate()

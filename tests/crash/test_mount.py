@@ -71,11 +71,14 @@ def test_a_store_whose_other_host_is_silent_is_taken_over(
         assert owner.read(tmp_path / "store") == owner.current("test")
 
 
-def test_sigterm_ends_the_mount_and_closes_the_store(mounts: Mounts) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_mount_and_closes_the_store(
+    mounts: Mounts, number: signal.Signals
+) -> None:
     m = mounts.make()
     (m.path / "file").write_bytes(b"content")
-    os.kill(m.pid, signal.SIGTERM)
-    m.detach()
+    os.kill(m.pid, number)
+    m.wait_for_end()
     assert not (m.store / "owner").exists()
     m.mount()
     assert (m.path / "file").read_bytes() == b"content"
