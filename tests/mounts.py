@@ -85,8 +85,9 @@ class Mount:
         self.pid = 0
 
     def kill(self) -> None:
-        """SIGKILL the daemon, and take the dead mount away."""
-        os.kill(self.pid, signal.SIGKILL)
+        """SIGKILL the daemon, if it still runs, and take the dead mount away."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
         self.detach()
 
     def detach(self) -> None:

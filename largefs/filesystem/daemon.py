@@ -182,6 +182,7 @@ class Mount:
         with trio.open_signal_receiver(*ends) as signals:
             async for number in signals:
                 log.info("%s: ends on %s", self._mountpoint, signal.Signals(number).name)
+                self._warmup.stop()  # main() waits for the opens that wait for it
                 pyfuse3.terminate()
                 return
 
