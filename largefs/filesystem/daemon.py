@@ -37,6 +37,11 @@ MAX_REQUEST = 4 * 1024 * 1024
 IDLE_READERS = 8
 """Tasks of pyfuse3 that stay when they have nothing to do; starting one costs as much as a request."""
 
+MAX_TASKS = 10_000
+"""Requests that are served at one time. Each open that waits for a warm-up is one, and no lookup, nor the
+reading that the warm-up itself does through the mount (route `collapse`), may have to wait for those.
+"""
+
 CHECKSUM_TASKS = 2
 
 
@@ -146,7 +151,7 @@ class Mount:
             for inode in self._store.unsettled:
                 self._files.settle_later(inode)
             self._store.unsettled = []
-            await pyfuse3.main(min_tasks=IDLE_READERS)
+            await pyfuse3.main(min_tasks=IDLE_READERS, max_tasks=MAX_TASKS)
             self._warmup.stop()
             nursery.cancel_scope.cancel()
 

@@ -234,3 +234,18 @@ def test_a_mount_ends_in_the_middle_of_a_warm_up(mounts: Mounts, tmp_path: Path)
             mount.wait_for_end()
         finally:
             mount.kill()
+
+
+def test_opens_that_wait_for_a_warm_up_stop_nobody_else(mounts: Mounts, tmp_path: Path) -> None:
+    mount = imported_node(mounts, tmp_path, patch=SLOW)
+    (mount.path / "other").touch()
+    # More than the 99 requests at a time that are pyfuse3's default.
+    script = 'for i in $(seq 150); do "$0" -v & done; wait'
+    with subprocess.Popen(["sh", "-c", script, mount.path / "node"]):
+        try:
+            time.sleep(2)
+            subprocess.run(["stat", mount.path / "missing"], timeout=5, capture_output=True)
+            (mount.path / "new").touch()
+        finally:
+            mount.kill()
+    mount.expected = ["."]
