@@ -122,8 +122,7 @@ class Mount:
         route = self._options.route
         return Wanted(
             max_write=MAX_REQUEST,
-            passthrough=route in (None, Route.PASSTHROUGH) and routes.has_cap_sys_admin(),
-            max_stack_depth=probe.stack_depth,
+            passthrough=probe.backing and route in (None, Route.PASSTHROUGH),
             large_folios=route in (None, Route.FOLIO),
             kill_privileges=True,
             dont_mask=True,
@@ -205,7 +204,7 @@ def _probe(store: Path) -> routes.Probe:
             raise
         why = "no room to try the routes; make room and mount again"
         offers = tuple(routes.Offer(route, route is Route.NONE, why) for route in Route)
-        return routes.Probe(offers, offered=None, stack_depth=1)
+        return routes.Probe(offers, offered=None, backing=False)
 
 
 async def _never_fails(task: Callable[..., Awaitable[None]], *args: object) -> None:
