@@ -119,11 +119,17 @@ class Mount:
             raise MountError(f"{self._mountpoint}: the mount ended by an error: {e!r}") from e
 
     def _wanted(self, probe: routes.Probe) -> Wanted:
-        route = self._options.route
+        """What to ask of the kernel. Passed through, no file has folios in FUSE's own cache.
+
+        So not with the routes that want those; but where there is no route at all, it is quicker.
+        """
+        asked = self._options.route
+        through = (asked or probe.best.route) is Route.PASSTHROUGH
+        through |= asked is None and probe.best.route is Route.NONE
         return Wanted(
             max_write=MAX_REQUEST,
-            passthrough=probe.backing and route in (None, Route.PASSTHROUGH),
-            large_folios=route in (None, Route.FOLIO),
+            passthrough=probe.backing and through,
+            large_folios=asked in (None, Route.FOLIO),
             kill_privileges=True,
             dont_mask=True,
         )
