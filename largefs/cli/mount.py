@@ -83,7 +83,7 @@ def _serve(
             _detach_output()
 
     try:
-        check_mountpoint(mountpoint)
+        check_mountpoint(mountpoint, store)
         with Store.open(store, f"mounted at {mountpoint}") as opened:
             Mount(opened, mountpoint, options).run(ready)
     except (MountError, StoreError, OSError) as e:

@@ -49,8 +49,8 @@ class MountError(Exception):
     """Why there is no mount, as one line that says what to do."""
 
 
-def check_mountpoint(mountpoint: Path) -> None:
-    """Raise MountError unless something can be mounted there."""
+def check_mountpoint(mountpoint: Path, store: Path) -> None:
+    """Raise MountError unless a store can be mounted there."""
     try:
         is_directory = mountpoint.is_dir()
         exists = mountpoint.exists()
@@ -64,13 +64,24 @@ def check_mountpoint(mountpoint: Path) -> None:
         raise MountError(f"{mountpoint}: no such directory; make it first: mkdir {mountpoint}")
     if not is_directory:
         raise MountError(f"{mountpoint}: not a directory; name one to mount on")
+    if store.resolve().is_relative_to(mountpoint.resolve()):
+        raise MountError(
+            f"{mountpoint}: holds the store, which the mount would hide; name another directory"
+        )
     if mountpoint.is_mount():
         raise MountError(f"{mountpoint}: something is mounted here; first: umount {mountpoint}")
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except PermissionError as e:
         raise MountError(
-            "/dev/fuse: missing or not accessible; load the fuse module (modprobe fuse), "
+            f"/dev/fuse: {e.strerror}; mount as root, or give yourself read and write access; "
             "in a container give it the device (--device /dev/fuse --cap-add SYS_ADMIN)"
-        )
+        ) from None
+    except OSError:
+        raise MountError(
+            "/dev/fuse: missing; load the fuse module (modprobe fuse), "
+            "in a container give it the device (--device /dev/fuse --cap-add SYS_ADMIN)"
+        ) from None
 
 
 class Mount:

@@ -92,6 +92,17 @@ def test_mountpoint(mounts: Mounts, store: Path, tmp_path: Path) -> None:
     refused("mount", store, mount.path, code=MOUNT_FAILED, says=f"umount {mount.path}")
 
 
+def test_mountpoint_that_holds_the_store(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    for source, mountpoint in (
+        (store, store),
+        (store, tmp_path),
+        (store, tmp_path / "link"),
+        (tmp_path / "link/store", tmp_path),
+    ):
+        refused("mount", source, mountpoint, code=MOUNT_FAILED, says="holds the store")
+
+
 def test_options(store: Path, mountpoint: Path) -> None:
     for option, says in (
         ("nonsense", "unknown mount option 'nonsense'"),
