@@ -77,7 +77,7 @@ def _serve(
             print(f"largefs: mounted at {mountpoint}: {said}", file=sys.stderr)
             _notify_systemd(f"READY=1\nSTATUS={said}")
         else:
-            os.write(report, b"+" + said.encode())
+            os.write(report, b"+" + os.fsencode(said))
             os.close(report)
             report = -1
             _detach_output()
@@ -91,7 +91,7 @@ def _serve(
         if foreground:
             die(message, FAILURE)
         if report >= 0:
-            os.write(report, b"-" + message.encode())
+            os.write(report, b"-" + os.fsencode(message))
         else:  # the mount had been reported; this is its end
             logging.getLogger(__name__).error("%s", message)
         sys.exit(FAILURE)
@@ -121,12 +121,12 @@ def _into_background(*, verbose: bool) -> int:
         with os.fdopen(reading, "rb") as pipe:
             said = pipe.read()
         if said[:1] == b"+":
-            text = said[1:].decode()
+            text = os.fsdecode(said[1:])
             if verbose or text.startswith("text in 4 KiB pages"):
                 print(f"largefs: {text}", file=sys.stderr)
             os._exit(0)
         if said[:1] == b"-":
-            die(said[1:].decode(), FAILURE)
+            die(os.fsdecode(said[1:]), FAILURE)
         die("the daemon ended before the mount was usable; try again with -f to see why", SYSTEM)
     os.close(reading)
     os.setsid()
@@ -157,8 +157,16 @@ def _log_to(file: Path | None, store: Path, *, foreground: bool) -> None:
         handler = logging.handlers.RotatingFileHandler(
             store / "log", maxBytes=LOG_SIZE, backupCount=1, delay=True
         )
+    handler.addFilter(_printable)
     handler.setFormatter(logging.Formatter("largefs[%(process)d]: %(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.INFO)
+
+
+def _printable(record: logging.LogRecord) -> bool:
+    """Escape what is not text in a message, as in a path: else no handler could write it."""
+    record.msg = record.getMessage().encode(errors="backslashreplace").decode()
+    record.args = ()
+    return True
 
 
 def _notify_systemd(state: str) -> None:
@@ -170,4 +178,4 @@ def _notify_systemd(state: str) -> None:
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
         s.connect(address)
-        s.sendall(state.encode())
+        s.sendall(os.fsencode(state))

@@ -117,6 +117,8 @@ class Mount:
         try:
             pyfuse3.init(self._operations, str(self._mountpoint), self._fuse_options())
         except RuntimeError as e:
+            if type(e) is not RuntimeError:
+                raise
             raise MountError(
                 f"{self._mountpoint}: the mount was refused; {_who_may_mount()}"
             ) from e
@@ -146,7 +148,8 @@ class Mount:
         )
 
     def _fuse_options(self) -> set[str]:
-        options = {"default_permissions", f"fsname={_escape(self._store.path)}", "subtype=largefs"}
+        fsname = _Encoded(f"fsname={_escape(self._store.path)}")
+        options = {"default_permissions", fsname, "subtype=largefs"}
         if self._options.allow_other:
             options.add("allow_other")
         return options | self._options.kernel
@@ -230,6 +233,14 @@ async def _never_fails(task: Callable[..., Awaitable[None]], *args: object) -> N
         await task(*args)
     except Exception:
         log.exception("a background task ended: %r", task)
+
+
+class _Encoded(str):
+    """An option with a path in it: pyfuse3 calls encode("us-ascii"), which not every path survives."""
+
+    def encode(self, encoding: str = "", errors: str = "") -> bytes:
+        """The bytes of the path."""
+        return os.fsencode(str(self))
 
 
 def _escape(path: Path) -> str:

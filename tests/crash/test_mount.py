@@ -100,3 +100,13 @@ def test_an_error_that_ends_the_mount_is_logged(mounts: Mounts) -> None:
     assert "CRITICAL" in m.log.read_text()
     assert "RuntimeError: unforeseen" in m.log.read_text()
     assert not (m.store / "owner").exists(), "the store was let go all the same"
+
+
+def test_a_path_that_is_not_ascii(mounts: Mounts, tmp_path: Path) -> None:
+    store = tmp_path / "gr\xfcn"
+    largefs("mkfs", store)
+    m = mounts.make(store=store)
+    (m.path / "file").write_bytes(b"content")
+    m.unmount()
+    m.mount()
+    assert (m.path / "file").read_bytes() == b"content"
