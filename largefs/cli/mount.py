@@ -13,6 +13,7 @@ import click
 
 from largefs.cli.errors import die
 from largefs.store import Store, StoreError
+from largefs.store.store import read_format
 
 if TYPE_CHECKING:
     from largefs.filesystem.options import Options
@@ -47,21 +48,20 @@ def command(
     """
     from largefs.filesystem.options import OptionError, parse
 
+    _reopen_closed()
     store, mountpoint = store.absolute(), mountpoint.absolute()
     try:
         parsed = parse(",".join(options), sloppy=sloppy)
     except OptionError as e:
         die(str(e), USAGE)
     if dry_run:
-        if not (store / "meta.db").is_file():
-            die(f"{store}: not a largefs store; make one: largefs mkfs {store}", FAILURE)
+        _check(store, mountpoint)
         return
     if parsed.remount:
         sys.exit(_remount(store, mountpoint, parsed))
     report = sys.stderr.fileno()
     if not foreground:
         report = _into_background(verbose=verbose)
-    _log_to(parsed.log, store, foreground=foreground)
     _serve(store, mountpoint, parsed, report, foreground=foreground)
 
 
@@ -84,10 +84,11 @@ def _serve(
 
     try:
         check_mountpoint(mountpoint, store)
+        _log_to(options.log, store, foreground=foreground)
         with Store.open(store, f"mounted at {mountpoint}") as opened:
             Mount(opened, mountpoint, options).run(ready)
     except (MountError, StoreError, OSError) as e:
-        message = str(e) if not isinstance(e, OSError) else f"{store}: {e}"
+        message = f"{e.filename or store}: {e.strerror}" if isinstance(e, OSError) else str(e)
         if foreground:
             die(message, FAILURE)
         if report >= 0:
@@ -95,6 +96,25 @@ def _serve(
         else:  # the mount had been reported; this is its end
             logging.getLogger(__name__).error("%s", message)
         sys.exit(FAILURE)
+
+
+def _check(store: Path, mountpoint: Path) -> None:
+    """End with an error where a mount would fail for its arguments."""
+    from largefs.filesystem.daemon import MountError, check_mountpoint
+
+    try:
+        check_mountpoint(mountpoint, store)
+        read_format(store / "meta.db")
+    except (MountError, StoreError) as e:
+        die(str(e), FAILURE)
+
+
+def _reopen_closed() -> None:
+    """Open descriptors 0 to 2 where the caller closed them: no file of ours may get these numbers."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def _remount(store: Path, mountpoint: Path, options: "Options") -> int:

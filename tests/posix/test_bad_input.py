@@ -113,6 +113,26 @@ def test_options(store: Path, mountpoint: Path) -> None:
     assert not mountpoint.is_mount()
 
 
+def test_log_that_cannot_be_written(store: Path, mountpoint: Path, tmp_path: Path) -> None:
+    for log in (tmp_path / "missing/log", tmp_path):
+        refused("mount", store, mountpoint, "-o", f"log={log}", code=MOUNT_FAILED, says=f"{log}: ")
+
+
+def test_dry_run(store: Path, mountpoint: Path, tmp_path: Path) -> None:
+    largefs("mount", "--dry-run", store, mountpoint)
+    missing = tmp_path / "missing"
+    refused("mount", "--dry-run", store, missing, code=MOUNT_FAILED, says="no such directory")
+    refused("mount", "--dry-run", missing, mountpoint, code=MOUNT_FAILED, says="no largefs store")
+
+
+def test_mount_without_standard_descriptors(mounts: Mounts) -> None:
+    mount = mounts.make()
+    mount.unmount()
+    script = f"{LARGEFS} mount {mount.store} {mount.path} -o log={mount.log} <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", script], timeout=60, check=False).returncode == 0
+    largefs("umount", "--force", mount.path)
+
+
 def test_no_fuse_device(store: Path, mountpoint: Path) -> None:
     """In a mount namespace whose /dev/fuse is something else."""
     script = f"mount -t tmpfs none /dev && {LARGEFS} mount {store} {mountpoint}"
