@@ -26,7 +26,7 @@ LOG_SIZE = 1 << 20
 
 
 @click.command("mount")
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=click.Path(path_type=Path, readable=False))
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground; log to stderr.")
 @click.option("-o", "options", multiple=True, metavar="OPTIONS", help="Mount options, by commas.")
