@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,8 +24,14 @@ LARGEFS = str(Path(sys.executable).with_name("largefs"))
 
 def largefs(*args: object, code: int | None = 0) -> subprocess.CompletedProcess[str]:
     """Run a command; it must end with the exit code `code` (None: any)."""
+    return _run([LARGEFS], args, code)
+
+
+def _run(
+    program: list[str], args: Sequence[object], code: int | None = 0
+) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [LARGEFS, *map(str, args)], capture_output=True, text=True, timeout=120, check=False
+        [*program, *map(str, args)], capture_output=True, text=True, timeout=120, check=False
     )
     if code is not None:
         said = f"largefs {' '.join(map(str, args))}: {done.returncode}\n{done.stdout}{done.stderr}"
@@ -51,6 +58,8 @@ class Mount:
     log: Path
     expected: list[str] = field(default_factory=list)
     """Regular expressions of the warnings and errors that the test is about."""
+    patch: str = ""
+    """Python that the daemon runs before it mounts, to break or delay something in it."""
     clean: bool = True
     """Whether `largefs check --data` must find the store clean at the end."""
     pid: int = 0
@@ -58,7 +67,14 @@ class Mount:
 
     def mount(self, *options: str) -> None:
         """Mount, by the command; the log is appended to."""
-        largefs("mount", self.store, self.path, "-o", ",".join([f"log={self.log}", *options]))
+        arguments = ["mount", self.store, self.path, "-o", ",".join([f"log={self.log}", *options])]
+        if self.patch:
+            _run(
+                [sys.executable, "-c", f"{self.patch}\nfrom largefs.cli import main; main()"],
+                arguments,
+            )
+        else:
+            largefs(*arguments)
         holder = owner.read(self.store)
         assert holder is not None, "mounted, and nobody holds the store"
         self.pid = holder.pid
@@ -69,8 +85,9 @@ class Mount:
         self.pid = 0
 
     def kill(self) -> None:
-        """SIGKILL the daemon, and take the dead mount away."""
-        os.kill(self.pid, signal.SIGKILL)
+        """SIGKILL the daemon, if it still runs, and take the dead mount away."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
         self.detach()
 
     def detach(self) -> None:
@@ -81,6 +98,15 @@ class Mount:
         if self.pid:
             _wait_for_end(self.pid)
             self.pid = 0
+
+    def wait_for_end(self, patience: float = 10.0) -> None:
+        """Wait until the daemon has ended by itself, and unmounted."""
+        deadline = time.monotonic() + patience
+        while _runs(self.pid):
+            assert time.monotonic() < deadline, "the daemon does not end"
+            time.sleep(0.01)
+        self.pid = 0
+        assert not is_mounted(self.path)
 
     def complaints(self) -> list[str]:
         """The warnings and errors in the log (and whatever follows them) that were not expected."""
@@ -98,7 +124,7 @@ class Mounts:
         self._directory = directory
         self.all: list[Mount] = []
 
-    def make(self, *options: str, store: Path | None = None) -> Mount:
+    def make(self, *options: str, store: Path | None = None, patch: str = "") -> Mount:
         """Mount `store` (one that is made for the purpose by default) at a new mountpoint."""
         number = len(self.all)
         path = self._directory / f"mnt{number}"
@@ -106,7 +132,7 @@ class Mounts:
         if store is None:
             store = self._directory / f"store{number}"
             largefs("mkfs", store)
-        mount = Mount(store, path, self._directory / f"log{number}")
+        mount = Mount(store, path, self._directory / f"log{number}", patch=patch)
         self.all.append(mount)
         mount.mount(*options)
         return mount

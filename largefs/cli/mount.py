@@ -13,6 +13,7 @@ import click
 
 from largefs.cli.errors import die
 from largefs.store import Store, StoreError
+from largefs.store.store import read_format
 
 if TYPE_CHECKING:
     from largefs.filesystem.options import Options
@@ -25,7 +26,7 @@ LOG_SIZE = 1 << 20
 
 
 @click.command("mount")
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=click.Path(path_type=Path, readable=False))
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground; log to stderr.")
 @click.option("-o", "options", multiple=True, metavar="OPTIONS", help="Mount options, by commas.")
@@ -47,21 +48,20 @@ def command(
     """
     from largefs.filesystem.options import OptionError, parse
 
+    _reopen_closed()
     store, mountpoint = store.absolute(), mountpoint.absolute()
     try:
         parsed = parse(",".join(options), sloppy=sloppy)
     except OptionError as e:
         die(str(e), USAGE)
     if dry_run:
-        if not (store / "meta.db").is_file():
-            die(f"{store}: not a largefs store; make one: largefs mkfs {store}", FAILURE)
+        _check(store, mountpoint)
         return
     if parsed.remount:
         sys.exit(_remount(store, mountpoint, parsed))
     report = sys.stderr.fileno()
     if not foreground:
         report = _into_background(verbose=verbose)
-    _log_to(parsed.log, store, foreground=foreground)
     _serve(store, mountpoint, parsed, report, foreground=foreground)
 
 
@@ -72,27 +72,49 @@ def _serve(
     from largefs.filesystem.daemon import Mount, MountError, check_mountpoint
 
     def ready(said: str) -> None:
+        nonlocal report
         if foreground:
             print(f"largefs: mounted at {mountpoint}: {said}", file=sys.stderr)
             _notify_systemd(f"READY=1\nSTATUS={said}")
         else:
-            os.write(report, b"+" + said.encode())
+            os.write(report, b"+" + os.fsencode(said))
             os.close(report)
+            report = -1
             _detach_output()
 
     try:
-        check_mountpoint(mountpoint)
+        check_mountpoint(mountpoint, store)
+        _log_to(options.log, store, foreground=foreground)
         with Store.open(store, f"mounted at {mountpoint}") as opened:
             Mount(opened, mountpoint, options).run(ready)
     except (MountError, StoreError, OSError) as e:
-        message = str(e) if not isinstance(e, OSError) else f"{store}: {e}"
+        message = f"{e.filename or store}: {e.strerror}" if isinstance(e, OSError) else str(e)
         if foreground:
             die(message, FAILURE)
-        try:
-            os.write(report, b"-" + message.encode())
-        except OSError:  # the mount had been reported; this is its end
+        if report >= 0:
+            os.write(report, b"-" + os.fsencode(message))
+        else:  # the mount had been reported; this is its end
             logging.getLogger(__name__).error("%s", message)
         sys.exit(FAILURE)
+
+
+def _check(store: Path, mountpoint: Path) -> None:
+    """End with an error where a mount would fail for its arguments."""
+    from largefs.filesystem.daemon import MountError, check_mountpoint
+
+    try:
+        check_mountpoint(mountpoint, store)
+        read_format(store / "meta.db")
+    except (MountError, StoreError) as e:
+        die(str(e), FAILURE)
+
+
+def _reopen_closed() -> None:
+    """Open descriptors 0 to 2 where the caller closed them: no file of ours may get these numbers."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def _remount(store: Path, mountpoint: Path, options: "Options") -> int:
@@ -119,12 +141,12 @@ def _into_background(*, verbose: bool) -> int:
         with os.fdopen(reading, "rb") as pipe:
             said = pipe.read()
         if said[:1] == b"+":
-            text = said[1:].decode()
+            text = os.fsdecode(said[1:])
             if verbose or text.startswith("text in 4 KiB pages"):
                 print(f"largefs: {text}", file=sys.stderr)
             os._exit(0)
         if said[:1] == b"-":
-            die(said[1:].decode(), FAILURE)
+            die(os.fsdecode(said[1:]), FAILURE)
         die("the daemon ended before the mount was usable; try again with -f to see why", SYSTEM)
     os.close(reading)
     os.setsid()
@@ -155,8 +177,16 @@ def _log_to(file: Path | None, store: Path, *, foreground: bool) -> None:
         handler = logging.handlers.RotatingFileHandler(
             store / "log", maxBytes=LOG_SIZE, backupCount=1, delay=True
         )
+    handler.addFilter(_printable)
     handler.setFormatter(logging.Formatter("largefs[%(process)d]: %(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.INFO)
+
+
+def _printable(record: logging.LogRecord) -> bool:
+    """Escape what is not text in a message, as in a path: else no handler could write it."""
+    record.msg = record.getMessage().encode(errors="backslashreplace").decode()
+    record.args = ()
+    return True
 
 
 def _notify_systemd(state: str) -> None:
@@ -168,4 +198,4 @@ def _notify_systemd(state: str) -> None:
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
         s.connect(address)
-        s.sendall(state.encode())
+        s.sendall(os.fsencode(state))

@@ -18,7 +18,10 @@ PATIENCE = 60
 @click.command("umount")
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("-l", "--lazy", is_flag=True, help="Detach now, end when nobody uses it any more.")
-def command(mountpoint: Path, lazy: bool) -> None:
+@click.option(
+    "-f", "--force", is_flag=True, help="Cut the daemon off first, if it hangs; for root."
+)
+def command(mountpoint: Path, lazy: bool, force: bool) -> None:
     """Unmount MOUNTPOINT and wait until its store is closed and can be used again."""
     mountpoint = Path(os.path.realpath(mountpoint))  # as mountinfo has it; follows no dead mount
     store = _store_mounted_at(mountpoint)
@@ -29,6 +32,10 @@ def command(mountpoint: Path, lazy: bool) -> None:
     # -i: without umount.fuse.largefs, which is this very command.
     tool = ["umount", "-i"] if os.geteuid() == 0 else ["fusermount3", "-u"]
     options = (["-l"] if os.geteuid() == 0 else ["-z"]) if lazy else []
+    if force:
+        if os.geteuid():
+            die("only root can unmount by force", FAILED)
+        options.append("-f")
     done = subprocess.run([*tool, *options, str(mountpoint)], capture_output=True, text=True)
     if done.returncode:
         die(done.stderr.strip().splitlines()[-1] if done.stderr else f"{mountpoint}: busy", FAILED)

@@ -37,6 +37,11 @@ MAX_REQUEST = 4 * 1024 * 1024
 IDLE_READERS = 8
 """Tasks of pyfuse3 that stay when they have nothing to do; starting one costs as much as a request."""
 
+MAX_TASKS = 10_000
+"""Requests that are served at one time. Each open that waits for a warm-up is one, and no lookup, nor the
+reading that the warm-up itself does through the mount (route `collapse`), may have to wait for those.
+"""
+
 CHECKSUM_TASKS = 2
 
 
@@ -44,8 +49,8 @@ class MountError(Exception):
     """Why there is no mount, as one line that says what to do."""
 
 
-def check_mountpoint(mountpoint: Path) -> None:
-    """Raise MountError unless something can be mounted there."""
+def check_mountpoint(mountpoint: Path, store: Path) -> None:
+    """Raise MountError unless a store can be mounted there."""
     try:
         is_directory = mountpoint.is_dir()
         exists = mountpoint.exists()
@@ -59,13 +64,24 @@ def check_mountpoint(mountpoint: Path) -> None:
         raise MountError(f"{mountpoint}: no such directory; make it first: mkdir {mountpoint}")
     if not is_directory:
         raise MountError(f"{mountpoint}: not a directory; name one to mount on")
+    if store.resolve().is_relative_to(mountpoint.resolve()):
+        raise MountError(
+            f"{mountpoint}: holds the store, which the mount would hide; name another directory"
+        )
     if mountpoint.is_mount():
         raise MountError(f"{mountpoint}: something is mounted here; first: umount {mountpoint}")
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except PermissionError as e:
         raise MountError(
-            "/dev/fuse: missing or not accessible; load the fuse module (modprobe fuse), "
+            f"/dev/fuse: {e.strerror}; mount as root, or give yourself read and write access; "
             "in a container give it the device (--device /dev/fuse --cap-add SYS_ADMIN)"
-        )
+        ) from None
+    except OSError:
+        raise MountError(
+            "/dev/fuse: missing; load the fuse module (modprobe fuse), "
+            "in a container give it the device (--device /dev/fuse --cap-add SYS_ADMIN)"
+        ) from None
 
 
 class Mount:
@@ -89,7 +105,7 @@ class Mount:
         )
 
     def run(self, on_ready: Callable[[str], None]) -> None:
-        """Mount and serve until it is unmounted or SIGTERM, SIGINT comes.
+        """Mount and serve until it is unmounted or SIGTERM, SIGINT or SIGHUP comes.
 
         `on_ready` gets one line about the route as soon as the mount is usable. Raises MountError.
         """
@@ -101,27 +117,39 @@ class Mount:
         try:
             pyfuse3.init(self._operations, str(self._mountpoint), self._fuse_options())
         except RuntimeError as e:
+            if type(e) is not RuntimeError:
+                raise
             raise MountError(
                 f"{self._mountpoint}: the mount was refused; {_who_may_mount()}"
             ) from e
         try:
-            trio.run(functools.partial(self._serve, probe, on_ready))
-        finally:
-            self._end()
+            try:
+                trio.run(functools.partial(self._serve, probe, on_ready))
+            finally:
+                self._end()
+        except Exception as e:  # a group, if it comes from a nursery
+            log.critical("%s: the mount ends by an error", self._mountpoint, exc_info=True)
+            raise MountError(f"{self._mountpoint}: the mount ended by an error: {e!r}") from e
 
     def _wanted(self, probe: routes.Probe) -> Wanted:
-        route = self._options.route
+        """What to ask of the kernel. Passed through, no file has folios in FUSE's own cache.
+
+        So not with the routes that want those; but where there is no route at all, it is quicker.
+        """
+        asked = self._options.route
+        through = (asked or probe.best.route) is Route.PASSTHROUGH
+        through |= asked is None and probe.best.route is Route.NONE
         return Wanted(
             max_write=MAX_REQUEST,
-            passthrough=route in (None, Route.PASSTHROUGH) and routes.has_cap_sys_admin(),
-            max_stack_depth=probe.stack_depth,
-            large_folios=route in (None, Route.FOLIO),
+            passthrough=probe.backing and through,
+            large_folios=asked in (None, Route.FOLIO),
             kill_privileges=True,
             dont_mask=True,
         )
 
     def _fuse_options(self) -> set[str]:
-        options = {"default_permissions", f"fsname={_escape(self._store.path)}", "subtype=largefs"}
+        fsname = _Encoded(f"fsname={_escape(self._store.path)}")
+        options = {"default_permissions", fsname, "subtype=largefs"}
         if self._options.allow_other:
             options.add("allow_other")
         return options | self._options.kernel
@@ -142,7 +170,7 @@ class Mount:
             for inode in self._store.unsettled:
                 self._files.settle_later(inode)
             self._store.unsettled = []
-            await pyfuse3.main(min_tasks=IDLE_READERS)
+            await pyfuse3.main(min_tasks=IDLE_READERS, max_tasks=MAX_TASKS)
             self._warmup.stop()
             nursery.cancel_scope.cancel()
 
@@ -172,9 +200,13 @@ class Mount:
         return f"text in 4 KiB pages: {why} (largefs doctor {self._store.path} says more)"
 
     async def _wait_for_signal(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        ends = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup(1)
+            ends.remove(signal.SIGHUP)
+        with trio.open_signal_receiver(*ends) as signals:
             async for number in signals:
                 log.info("%s: ends on %s", self._mountpoint, signal.Signals(number).name)
+                self._warmup.stop()  # main() waits for the opens that wait for it
                 pyfuse3.terminate()
                 return
 
@@ -192,7 +224,7 @@ def _probe(store: Path) -> routes.Probe:
             raise
         why = "no room to try the routes; make room and mount again"
         offers = tuple(routes.Offer(route, route is Route.NONE, why) for route in Route)
-        return routes.Probe(offers, offered=None, stack_depth=1)
+        return routes.Probe(offers, offered=None, backing=False)
 
 
 async def _never_fails(task: Callable[..., Awaitable[None]], *args: object) -> None:
@@ -201,6 +233,14 @@ async def _never_fails(task: Callable[..., Awaitable[None]], *args: object) -> N
         await task(*args)
     except Exception:
         log.exception("a background task ended: %r", task)
+
+
+class _Encoded(str):
+    """An option with a path in it: pyfuse3 calls encode("us-ascii"), which not every path survives."""
+
+    def encode(self, encoding: str = "", errors: str = "") -> bytes:
+        """The bytes of the path."""
+        return os.fsencode(str(self))
 
 
 def _escape(path: Path) -> str:

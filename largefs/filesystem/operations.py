@@ -1,7 +1,8 @@
 """The filesystem as the kernel calls it: every FUSE operation, over a store.
 
 Guarantees
-    No exception but FUSEError leaves a handler: what was not foreseen is logged and becomes EIO.
+    No exception but FUSEError leaves a handler, and none leaves forget, from which pyfuse3 takes not
+    even that one: what was not foreseen is logged and becomes EIO.
     Sizes and times in replies are true when they are sent, and attributes that could change without
     the kernel's knowledge are sent with a timeout of 0.
     The kernel checks access (default_permissions); the handlers keep the rest of POSIX: link counts,
@@ -144,16 +145,21 @@ class Filesystem(pyfuse3.Operations):
             return missing()
         return self._entry(row)
 
-    @handler
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
-        """The kernel holds these inodes so many times less."""
+        """The kernel holds these inodes so many times less. It takes no answer, so no error either.
+
+        What could not be dropped is found when the store is opened again.
+        """
         for inode, count in inode_list:
             left = self._lookups.get(inode, 0) - count
             if left > 0:
                 self._lookups[inode] = left
                 continue
             self._lookups.pop(inode, None)
-            self._drop_if_unused(inode)
+            try:
+                self._drop_if_unused(inode)
+            except Exception:
+                log.exception("inode %d: not dropped", inode)
 
     def _drop_if_unused(self, inode: int) -> None:
         if inode in self._lookups or self._files.is_open(inode):

@@ -96,7 +96,8 @@ class Warmup:
                 work = partial(self._helper.collapse, path, ranges)
             await trio.to_thread.run_sync(work, limiter=self._limiter)
         except OSError as e:
-            log.warning("inode %d: warm-up failed: %s", inode, e)
+            if not self._stop.is_set():
+                log.warning("inode %d: warm-up failed: %s", inode, e)
         finally:
             del self._running[inode]
             done.set()

@@ -25,6 +25,7 @@ class Helper:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
+        self._stopped = False
         self._lock = threading.Lock()
 
     @property
@@ -35,9 +36,11 @@ class Helper:
     def collapse(self, path: bytes, ranges: Iterable[tuple[int, int]]) -> int:
         """Collapse (offset, length) ranges of a file; blocks. Returns the bytes collapsed.
 
-        Raises OSError as open(2) does, or EIO if the helper is gone.
+        Raises OSError as open(2) does, or EIO if the helper is gone or was stopped.
         """
         with self._lock:
+            if self._stopped:
+                raise OSError(errno.EIO, "the helper process was stopped")
             if self._process is None or self._process.poll() is not None:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "largefs.hugetext.collapse"],
@@ -46,6 +49,8 @@ class Helper:
                     text=True,
                     cwd="/",
                 )
+                if self._stopped:  # while it was started
+                    self._process.kill()
             assert self._process.stdin is not None
             assert self._process.stdout is not None
             words = [path.hex(), *[f"{offset}:{length}" for offset, length in ranges]]
@@ -63,9 +68,10 @@ class Helper:
         return int(number)
 
     def stop(self) -> None:
-        """End the helper; a collapse that runs is left to finish by itself."""
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
+        """End the helper for good, a collapse that runs too: nobody may be left to read for it."""
+        self._stopped = True
+        if self._process is not None:
+            self._process.kill()
 
 
 def collapse(path: bytes, ranges: Iterable[tuple[int, int]]) -> int:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from largefs.hugetext import mappings, warm
 from largefs.hugetext.mappings import PMD
+from largefs.store.backing import has_writer
 
 THP = Path("/sys/kernel/mm/transparent_hugepage")
 
@@ -62,9 +63,7 @@ class Probe:
     offered: (
         int | None
     )  # FUSE INIT flags that the kernel offers, flags2 in the upper half; None if not known
-    stack_depth: (
-        int  # INIT's max_stack_depth that passthrough to this store needs: 1, or 2 on overlayfs
-    )
+    backing: bool  # whether passthrough to this store is right, whatever its folios
 
     @property
     def best(self) -> Offer:
@@ -79,7 +78,7 @@ def probe(store_dir: str | os.PathLike[str], offered: int | None = None) -> Prob
     `offered`: the INIT flags of a connection that is already there; else they are asked for, which
     takes CAP_SYS_ADMIN.
     """
-    with _trial_file(store_dir) as fd:
+    with _trial_file(store_dir) as (fd, writers_seen):
         warmed = _try_warm(fd)
         fuse = _try_fuse(fd)
         collapse_error = _try_collapse(fd)
@@ -88,13 +87,13 @@ def probe(store_dir: str | os.PathLike[str], offered: int | None = None) -> Prob
         offered = fuse.offered
     return Probe(
         offers=(
-            _passthrough(offered, warmed, fuse, fstype),
+            _passthrough(offered, warmed, fuse, fstype, writers_seen),
             _folio(offered),
             _collapse(collapse_error, fstype),
             Offer(Route.NONE, True, "everything works, in 4 KiB pages"),
         ),
         offered=offered,
-        stack_depth=fuse.stack_depth,
+        backing=fuse.registered and writers_seen,
     )
 
 
@@ -141,7 +140,9 @@ def _filesystem_type_outside(path: str) -> str:
     return "unknown"
 
 
-def _passthrough(offered: int | None, warmed: "_Warmed", fuse: "_Fuse", fstype: str) -> Offer:
+def _passthrough(
+    offered: int | None, warmed: "_Warmed", fuse: "_Fuse", fstype: str, writers_seen: bool
+) -> Offer:
     def closed(reason: str, remedy: str) -> Offer:
         return Offer(Route.PASSTHROUGH, False, reason, remedy)
 
@@ -154,11 +155,16 @@ def _passthrough(offered: int | None, warmed: "_Warmed", fuse: "_Fuse", fstype: 
         return closed("no CAP_SYS_ADMIN in the initial user namespace", "mount as root")
     if fuse.backing_error == errno.ELOOP:
         return closed(
-            f"the store's filesystem ({fstype}) is stacked on others too deep for passthrough",
+            f"the store's filesystem ({fstype}) is stacked on another",
             "put the store on ext4, xfs or tmpfs itself",
         )
     if fuse.backing_error:
         return closed(f"trial of a backing file: {os.strerror(fuse.backing_error)}", "")
+    if not writers_seen:
+        return closed(
+            f"on the store's filesystem ({fstype}) read leases do not tell who still writes a file",
+            "put the store on ext4, xfs or tmpfs; give the daemon CAP_LEASE, or its user the store",
+        )
     if not THP.exists():
         return closed(
             "this kernel has no transparent huge pages", "run one with CONFIG_TRANSPARENT_HUGEPAGE"
@@ -219,16 +225,22 @@ def _collapse(error: int, fstype: str) -> Offer:
 
 
 @contextmanager
-def _trial_file(directory: str | os.PathLike[str]) -> Iterator[int]:
-    """A descriptor, for reading only, of a file of incompressible data that has no name."""
-    with tempfile.TemporaryFile(dir=directory) as writer:
-        writer.write(os.urandom(_TRIAL_SIZE))
-        writer.flush()
-        reader = os.open(f"/proc/self/fd/{writer.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield reader
-    finally:
-        os.close(reader)
+def _trial_file(directory: str | os.PathLike[str]) -> Iterator[tuple[int, bool]]:
+    """A descriptor, for reading only, of a file of incompressible data that has no name, and belongs to
+    the owner of the directory; and whether has_writer() told a shared mapping of it from none.
+    """
+    with contextlib.ExitStack() as stack:
+        with tempfile.TemporaryFile(dir=directory) as writer:
+            writer.write(os.urandom(_TRIAL_SIZE))
+            writer.flush()
+            with contextlib.suppress(OSError):
+                os.fchown(writer.fileno(), os.stat(directory).st_uid, -1)
+            reader = os.open(f"/proc/self/fd/{writer.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, reader)
+            with warm.mapped(writer.fileno(), 0, PMD, mmap.PROT_READ | mmap.PROT_WRITE):
+                writer.close()
+                seen = has_writer(reader)
+        yield reader, seen and not has_writer(reader)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,8 +270,8 @@ def _try_collapse(fd: int) -> int:
 @dataclass(slots=True)
 class _Fuse:
     offered: int | None = None
+    registered: bool = False
     backing_error: int = 0
-    stack_depth: int = 1
 
 
 def _try_fuse(fd: int) -> _Fuse:
@@ -269,18 +281,13 @@ def _try_fuse(fd: int) -> _Fuse:
     result = _Fuse()
     if not has_cap_sys_admin():
         return result
-    for depth in 1, 2:
-        result.stack_depth = depth
-        try:
-            result.offered = _in_own_namespace(fd, depth)
-            result.backing_error = 0
-        except _BackingRefusedError as e:
-            result.offered, result.backing_error = e.offered, e.number
-            if e.number == errno.ELOOP:
-                continue
-        except OSError as e:
-            result.backing_error = e.errno or errno.EIO
-        break
+    try:
+        result.offered = _in_own_namespace(fd)
+        result.registered = bool(result.offered & FUSE_PASSTHROUGH)
+    except _BackingRefusedError as e:
+        result.offered, result.backing_error = e.offered, e.number
+    except OSError as e:
+        result.backing_error = e.errno or errno.EIO
     return result
 
 
@@ -289,7 +296,7 @@ class _BackingRefusedError(Exception):
         self.offered, self.number = offered, number
 
 
-def _in_own_namespace(fd: int, depth: int) -> int:
+def _in_own_namespace(fd: int) -> int:
     """_connect() in a thread with a mount namespace of its own, which ends with it and takes the
     mount along.
     """
@@ -297,7 +304,7 @@ def _in_own_namespace(fd: int, depth: int) -> int:
 
     def run() -> None:
         try:
-            outcome.append(_connect(fd, depth))
+            outcome.append(_connect(fd))
         except (OSError, _BackingRefusedError) as e:
             outcome.append(e)
 
@@ -312,7 +319,7 @@ def _in_own_namespace(fd: int, depth: int) -> int:
     return result
 
 
-def _connect(fd: int, depth: int) -> int:
+def _connect(fd: int) -> int:
     """Mount FUSE, answer INIT with passthrough, register `fd`; return the flags that were
     offered.
     """
@@ -355,7 +362,7 @@ def _connect(fd: int, depth: int) -> int:
             32,
             0,
             FUSE_PASSTHROUGH >> 32,
-            depth,
+            1,  # on nothing that is stacked: an overlay's file does not tell who maps the one below
         )
         os.write(device, struct.pack("IiQ", 16 + len(reply), 0, unique) + reply)
         backing_open = 0x4010E501  # FUSE_DEV_IOC_BACKING_OPEN, struct fuse_backing_map

@@ -254,13 +254,14 @@ def has_writer(fd: int) -> bool:
 
     With passthrough a shared mapping holds the backing file, not the FUSE file, so it can outlive the
     handle's release; and both can outlive the daemon. A read lease is refused while any writer exists
-    (fcntl(2), F_SETLEASE), which tells. This process's own descriptors for writing must be closed;
-    where leases are not to be had (network filesystems) the answer is no.
+    (fcntl(2), F_SETLEASE), which tells. This process's own descriptors for writing must be closed.
+    Where this process may take no lease (the file is another user's, and CAP_LEASE is missing) the answer
+    is yes; where the filesystem has none (network filesystems), no.
     """
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError as e:
-        return e.errno == errno.EAGAIN
+        return e.errno in (errno.EAGAIN, errno.EACCES, errno.EPERM)
     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     return False
 

@@ -71,11 +71,42 @@ def test_a_store_whose_other_host_is_silent_is_taken_over(
         assert owner.read(tmp_path / "store") == owner.current("test")
 
 
-def test_sigterm_ends_the_mount_and_closes_the_store(mounts: Mounts) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_mount_and_closes_the_store(
+    mounts: Mounts, number: signal.Signals
+) -> None:
     m = mounts.make()
     (m.path / "file").write_bytes(b"content")
-    os.kill(m.pid, signal.SIGTERM)
-    m.detach()
+    os.kill(m.pid, number)
+    m.wait_for_end()
     assert not (m.store / "owner").exists()
+    m.mount()
+    assert (m.path / "file").read_bytes() == b"content"
+
+
+UNFORESEEN = """
+from largefs.filesystem.operations import Filesystem
+async def forget(self, inodes): raise RuntimeError("unforeseen")
+Filesystem.forget = forget
+"""
+
+
+def test_an_error_that_ends_the_mount_is_logged(mounts: Mounts) -> None:
+    m = mounts.make(patch=UNFORESEEN)
+    m.expected = ["."]
+    (m.path / "file").write_bytes(b"content")
+    (m.path / "file").unlink()
+    m.wait_for_end()
+    assert "CRITICAL" in m.log.read_text()
+    assert "RuntimeError: unforeseen" in m.log.read_text()
+    assert not (m.store / "owner").exists(), "the store was let go all the same"
+
+
+def test_a_path_that_is_not_ascii(mounts: Mounts, tmp_path: Path) -> None:
+    store = tmp_path / "gr\xfcn"
+    largefs("mkfs", store)
+    m = mounts.make(store=store)
+    (m.path / "file").write_bytes(b"content")
+    m.unmount()
     m.mount()
     assert (m.path / "file").read_bytes() == b"content"

@@ -7,6 +7,7 @@ done real work, and waits for us to read its output or to close its input.
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -36,7 +37,9 @@ int main() { return Work<40>().go(); }
 """
 
 
-def imported(mounts: Mounts, source: Path, *options: str, align: str = "off") -> Mount:
+def imported(
+    mounts: Mounts, source: Path, *options: str, align: str = "off", patch: str = ""
+) -> Mount:
     """A mount of an import of `source`, nothing of it in the page cache."""
     store = source.with_name("store")
     largefs("mkfs", store)
@@ -44,7 +47,7 @@ def imported(mounts: Mounts, source: Path, *options: str, align: str = "off") ->
     subprocess.run(["sync", "-f", store], check=True)
     for file in (store / "extents").glob("*/*"):
         drop(file)
-    return mounts.make(*options, store=store)
+    return mounts.make(*options, store=store, patch=patch)
 
 
 def coverage(pid: int, mountpoint: Path) -> tuple[int, float]:
@@ -80,13 +83,13 @@ def wait_until_blocked(child: subprocess.Popen[bytes]) -> None:
     raise AssertionError("the program did not fill its pipe")
 
 
-def imported_node(mounts: Mounts, tmp_path: Path, *options: str) -> Mount:
+def imported_node(mounts: Mounts, tmp_path: Path, *options: str, patch: str = "") -> Mount:
     """A mount of an import of node's program alone."""
     source = tmp_path / "source"
     source.mkdir()
     node = os.path.realpath(shutil.which("node") or pytest.skip("nodejs is not installed"))
     shutil.copy2(node, source / "node")
-    return imported(mounts, source, *options)
+    return imported(mounts, source, *options, patch=patch)
 
 
 def test_node(mounts: Mounts, tmp_path: Path) -> None:
@@ -205,3 +208,44 @@ def test_the_command_warms_what_is_cached_in_small_folios(mounts: Mounts, tmp_pa
     said = largefs("warm", mount.path / "node").stdout
     done, wanted = re.match(r"(\d+) of (\d+) MiB", said).groups()
     assert done == wanted and int(done) > 10
+
+
+SLOW = """
+import time
+from largefs.hugetext import warm
+def warm_range(fd, offset, length, cancelled=warm.never):
+    while not cancelled(): time.sleep(0.01)
+    return warm.Warmed()
+warm.warm_range, warm.probed = warm_range, warm.warm_range
+from largefs.hugetext import routes
+routes._try_warm = lambda fd: routes._Warmed(in_pmd=warm.probed(fd, 0, routes._TRIAL_SIZE).in_pmd)
+"""
+"""A warm-up that lasts until it is cancelled; not that of the probe."""
+
+
+def test_a_mount_ends_in_the_middle_of_a_warm_up(mounts: Mounts, tmp_path: Path) -> None:
+    mount = imported_node(mounts, tmp_path, patch=SLOW)
+    # By a shell: Popen() itself would wait for execve().
+    with subprocess.Popen(["sh", "-c", f"{mount.path}/node -v; :"]) as child:
+        try:
+            time.sleep(0.5)
+            assert child.poll() is None, "execve() waits for the warm-up"
+            os.kill(mount.pid, signal.SIGTERM)
+            mount.wait_for_end()
+        finally:
+            mount.kill()
+
+
+def test_opens_that_wait_for_a_warm_up_stop_nobody_else(mounts: Mounts, tmp_path: Path) -> None:
+    mount = imported_node(mounts, tmp_path, patch=SLOW)
+    (mount.path / "other").touch()
+    # More than the 99 requests at a time that are pyfuse3's default.
+    script = 'for i in $(seq 150); do "$0" -v & done; wait'
+    with subprocess.Popen(["sh", "-c", script, mount.path / "node"]):
+        try:
+            time.sleep(2)
+            subprocess.run(["stat", mount.path / "missing"], timeout=5, capture_output=True)
+            (mount.path / "new").touch()
+        finally:
+            mount.kill()
+    mount.expected = ["."]

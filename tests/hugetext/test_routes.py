@@ -1,17 +1,21 @@
 """The probe of routes: what it finds by trying, and that it leaves nothing behind."""
 
+import ctypes
+import mmap
 import os
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from largefs.hugetext import routes
+from largefs.hugetext import routes, warm
 from largefs.hugetext.routes import FUSE_LARGE_FOLIOS, FUSE_PASSTHROUGH, Offer, Probe, Route, probe
 from tests.hugetext.support import mounted
+from tests.mounts import Mounts, largefs
 
 modern = pytest.mark.skipif(
     routes.kernel_version() < (6, 9), reason="FUSE passthrough needs Linux 6.9"
@@ -28,7 +32,7 @@ def test_passthrough_works(fstype: str, filesystem: Callable[[str], Path], disk:
     found = probe(disk if fstype == "host" else filesystem(fstype))
     assert found.best.route is Route.PASSTHROUGH
     assert found.offered is not None and found.offered & FUSE_PASSTHROUGH
-    assert found.stack_depth == 1
+    assert found.backing
 
 
 # The directories of / mounted below a directory that is itself no mountpoint, and that as the root.
@@ -62,20 +66,59 @@ def test_store_without_large_folios(filesystem: Callable[[str], Path]) -> None:
 
 
 @modern
-def test_store_on_overlayfs_needs_one_more_level(disk: Path) -> None:
+def test_store_on_overlayfs(disk: Path) -> None:
+    """The lease on the overlay's file is given while a mapping writes the one below it."""
     for name in "lower", "upper", "work", "top":
         (disk / name).mkdir()
     options = f"lowerdir={disk}/lower,upperdir={disk}/upper,workdir={disk}/work"
     with mounted("-t", "overlay", "-o", options, "none", str(disk / "top")):
         found = probe(disk / "top")
-        assert found.stack_depth == 2
-        assert found.best.route is Route.PASSTHROUGH
-        for name in "upper2", "work2", "top2":
-            (disk / name).mkdir()
-        nested = f"lowerdir={disk}/top,upperdir={disk}/upper2,workdir={disk}/work2"
-        with mounted("-t", "overlay", "-o", nested, "none", str(disk / "top2")):
-            found = probe(disk / "top2")
-            assert "too deep" in offer(found, Route.PASSTHROUGH).reason
+    assert "stacked on another" in offer(found, Route.PASSTHROUGH).reason
+    assert not found.backing
+
+
+@modern
+def test_a_mapping_that_outlives_its_file_on_overlayfs(disk: Path, mounts: Mounts) -> None:
+    for name in "lower", "upper", "work", "top":
+        (disk / name).mkdir()
+    options = f"lowerdir={disk}/lower,upperdir={disk}/upper,workdir={disk}/work"
+    with mounted("-t", "overlay", "-o", options, "none", str(disk / "top")):
+        store = disk / "top/store"
+        largefs("mkfs", store)
+        m = mounts.make(store=store)
+        fd = os.open(m.path / "file", os.O_RDWR | os.O_CREAT)
+        os.write(fd, bytes(1 << 20))
+        with warm.mapped(fd, 0, 1 << 20, mmap.PROT_READ | mmap.PROT_WRITE) as address:
+            os.close(fd)
+            time.sleep(1.5)
+            before = os.stat(m.path / "file").st_mtime_ns
+            ctypes.memset(address, 1, 4096)
+        assert os.stat(m.path / "file").st_mtime_ns > before
+        m.unmount()
+        largefs("check", store, "--data")
+
+
+WITHOUT_CAP_LEASE = """
+import sys
+from largefs.hugetext.routes import *
+found = probe(sys.argv[1])
+print(found.backing, found.best.route.name, found.offers[0].reason)
+"""
+
+
+@modern
+def test_store_of_another_user_needs_cap_lease(disk: Path) -> None:
+    def found(*bounds: str) -> str:
+        argv = ["setpriv", *bounds, sys.executable, "-c", WITHOUT_CAP_LEASE, disk]
+        return subprocess.run(
+            argv, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True
+        ).stdout
+
+    os.chown(disk, 65534, 65534)
+    assert found("--bounding-set=+all").startswith("True PASSTHROUGH")
+    refused = found("--bounding-set=-lease")
+    assert refused.startswith("False NONE")
+    assert "read leases" in refused
 
 
 def test_kernel_that_does_not_offer_passthrough(disk: Path) -> None:

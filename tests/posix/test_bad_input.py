@@ -92,6 +92,17 @@ def test_mountpoint(mounts: Mounts, store: Path, tmp_path: Path) -> None:
     refused("mount", store, mount.path, code=MOUNT_FAILED, says=f"umount {mount.path}")
 
 
+def test_mountpoint_that_holds_the_store(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    for source, mountpoint in (
+        (store, store),
+        (store, tmp_path),
+        (store, tmp_path / "link"),
+        (tmp_path / "link/store", tmp_path),
+    ):
+        refused("mount", source, mountpoint, code=MOUNT_FAILED, says="holds the store")
+
+
 def test_options(store: Path, mountpoint: Path) -> None:
     for option, says in (
         ("nonsense", "unknown mount option 'nonsense'"),
@@ -100,6 +111,26 @@ def test_options(store: Path, mountpoint: Path) -> None:
     ):
         refused("mount", store, mountpoint, "-o", option, code=USAGE_OF_MOUNT, says=says)
     assert not mountpoint.is_mount()
+
+
+def test_log_that_cannot_be_written(store: Path, mountpoint: Path, tmp_path: Path) -> None:
+    for log in (tmp_path / "missing/log", tmp_path):
+        refused("mount", store, mountpoint, "-o", f"log={log}", code=MOUNT_FAILED, says=f"{log}: ")
+
+
+def test_dry_run(store: Path, mountpoint: Path, tmp_path: Path) -> None:
+    largefs("mount", "--dry-run", store, mountpoint)
+    missing = tmp_path / "missing"
+    refused("mount", "--dry-run", store, missing, code=MOUNT_FAILED, says="no such directory")
+    refused("mount", "--dry-run", missing, mountpoint, code=MOUNT_FAILED, says="no largefs store")
+
+
+def test_mount_without_standard_descriptors(mounts: Mounts) -> None:
+    mount = mounts.make()
+    mount.unmount()
+    script = f"{LARGEFS} mount {mount.store} {mount.path} -o log={mount.log} <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", script], timeout=60, check=False).returncode == 0
+    largefs("umount", "--force", mount.path)
 
 
 def test_no_fuse_device(store: Path, mountpoint: Path) -> None:

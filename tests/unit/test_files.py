@@ -3,6 +3,8 @@
 import errno
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,18 @@ async def test_written_again_while_a_commit_flushes(
             await commits.commit()
             assert flushed == [inode, inode]
             assert not store.get(inode).writing
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a file away")
+def test_a_file_that_no_lease_may_be_taken_on_counts_as_written(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.touch()
+    os.chown(path, 65534, 65534)
+    script = (
+        "import os, sys; from largefs.store.backing import has_writer;"
+        "print(has_writer(os.open(sys.argv[1], os.O_RDONLY)))"
+    )
+    for bounds, answer in (("+all", "False"), ("-lease", "True")):
+        argv = ["setpriv", f"--bounding-set={bounds}", sys.executable, "-c", script, path]
+        said = subprocess.run(argv, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        assert said.stdout.strip() == answer, said.stderr

@@ -17,6 +17,7 @@ from largefs.filesystem.daemon import Mount
 from largefs.filesystem.files import Files
 from largefs.filesystem.operations import Filesystem
 from largefs.filesystem.options import Options
+from largefs.hugetext.routes import Offer, Probe, Route
 from largefs.store import EXTENT_SIZE, ROOT_INODE, Store
 from largefs.store.store import fail
 
@@ -188,7 +189,10 @@ def arguments(method: Callable[..., Any]) -> dict[str, Any]:
 async def test_no_exception_but_fuseerror_leaves_a_handler(
     filesystem: Filesystem, store: Store, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever breaks beneath it: here all of the store, and the handle was never given."""
+    """Whatever breaks beneath it: here all of the store, and the handle was never given.
+
+    pyfuse3 (handlers.pxi) awaits each in a `try: ... except FUSEError`, but forget bare.
+    """
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("unforeseen")
@@ -202,3 +206,30 @@ async def test_no_exception_but_fuseerror_leaves_a_handler(
             await method(**arguments(method))
         except pyfuse3.FUSEError as error:
             assert error.errno > 0
+            assert name != "forget"
+
+
+@pytest.mark.parametrize(
+    ("asked", "works", "passthrough", "large_folios"),
+    [
+        (None, {Route.PASSTHROUGH, Route.FOLIO}, True, True),
+        (None, {Route.FOLIO}, False, True),
+        (None, {Route.COLLAPSE}, False, True),
+        (None, set(), True, True),
+        (Route.FOLIO, {Route.PASSTHROUGH, Route.FOLIO}, False, True),
+        (Route.NONE, {Route.PASSTHROUGH, Route.FOLIO}, False, False),
+    ],
+)
+def test_what_a_route_asks_of_the_kernel(
+    store: Store,
+    tmp_path: Path,
+    asked: Route | None,
+    works: set[Route],
+    passthrough: bool,
+    large_folios: bool,
+) -> None:
+    offers = tuple(Offer(r, r in works or r is Route.NONE, "") for r in Route)
+    mount = Mount(store, tmp_path / "mountpoint", Options(route=asked))
+    wanted = mount._wanted(Probe(offers, offered=None, backing=True))
+    assert (wanted.passthrough, wanted.large_folios) == (passthrough, large_folios)
+    assert not mount._wanted(Probe(offers, offered=None, backing=False)).passthrough
