@@ -24,10 +24,10 @@ class Verify:
         if not self._enabled or row.writing or (row.id, row.mtime_ns) in self._good:
             return
         expected = self._store.checksums(row.id)
-        found = await trio.to_thread.run_sync(self._store.content, row.id)
-        sums = dict(found.checksums)
-        if found.st.st_size != row.size or sums != expected:
-            bad = sorted({n for n, _ in expected.items() ^ sums.items()})
-            log.error("inode %d: damaged: size %d, extents %s", row.id, found.st.st_size, bad)
+        found = dict(await trio.to_thread.run_sync(self._store.sum, row.id))
+        size = self._store.backing.stat(row.id).st_size
+        if size != row.size or found != expected:
+            bad = sorted({n for n, _ in expected.items() ^ found.items()})
+            log.error("inode %d: damaged: size %d, extents %s", row.id, size, bad)
             raise FUSEError(errno.EIO)  # an OSError would log a traceback as well
         self._good.add((row.id, row.mtime_ns))
