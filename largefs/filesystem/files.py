@@ -77,6 +77,7 @@ class Files:
         self._tickets: dict[int, int] = {}  # inodes to be summed -> which closing it was
         self._ticket = 0
         self._to_sum, self._sum_queue = trio.open_memory_channel[int](math.inf)
+        self._watched: set[int] = set()  # closed inodes that a mapping may write
         self._to_watch, self._watch_queue = trio.open_memory_channel[int](math.inf)
 
     @property
@@ -207,7 +208,7 @@ class Files:
             os.close(file.write_fd)
             file.write_fd = -1
         if file.backing_id and has_writer(file.fd):
-            self._to_watch.send_nowait(file.inode)
+            self.settle_later(file.inode)
         else:
             self._settle(file.inode, file.fd)
 
@@ -240,12 +241,15 @@ class Files:
         return True
 
     def settle_later(self, inode: int) -> None:
-        """Settle a file that a daemon before this one left open for writing.
+        """Settle a file as soon as no mapping writes it any more.
 
-        Passed through, a program may write it still, and long after that daemon is gone.
+        Passed through, a program may write it long after it was closed, and after a daemon before
+        this one, which left it open for writing, is gone.
         """
         self.writing.add(inode)
-        self._to_watch.send_nowait(inode)
+        if inode not in self._watched:
+            self._watched.add(inode)
+            self._to_watch.send_nowait(inode)
 
     def sum_later(self, inode: int) -> None:
         """Have the checksums of a file that nobody writes made by `run_checksums`."""
@@ -300,10 +304,13 @@ class Files:
         for seconds in chain(LEASE_RETRY, repeat(LEASE_RETRY[-1])):
             await trio.sleep(seconds)
             file = self._open.get(inode)
-            if (file and file.writers) or inode not in self.writing:
-                return  # its next closing sees to it
-            if self._settle_unless_written(inode):
-                return
+            if (
+                (file and file.writers)  # its next closing sees to it
+                or inode not in self.writing
+                or self._settle_unless_written(inode)
+            ):
+                break
+        self._watched.discard(inode)
 
     def forget(self, inode: int) -> None:
         """The inode is gone: nothing of it is to be settled."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from largefs.filesystem.commits import Commits
 from largefs.filesystem.files import SETTLE_AT_ONCE, Files, handle
@@ -147,3 +148,30 @@ async def test_times_set_while_the_checksums_are_made(
         await files._sum(inode)
         assert store.get(inode).mtime_ns == 1000
     assert not check(path, data=True).problems
+
+
+async def test_one_watcher_for_an_inode(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """However often it is opened and closed while a mapping writes it."""
+    Store.create(tmp_path / "store")
+    with Store.open(tmp_path / "store", "a test") as store:
+        files = Files(store, Commits(store, 5), None)
+        inode = store.make(ROOT_INODE, b"f", stat.S_IFREG | 0o644, 0, 0).id
+        mapping = store.backing.open(inode, os.O_RDWR)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(files.run_watch)
+            for _ in range(10):
+                files.settle_later(inode)
+                await trio.sleep(0.001)
+            watch = trio.lowlevel.current_statistics().tasks_living
+            files.settle_later(inode)
+            await trio.sleep(100)
+            assert inode in files.writing
+            assert trio.lowlevel.current_statistics().tasks_living == watch
+            os.close(mapping)
+            await trio.sleep(3)
+            assert inode not in files.writing
+            assert trio.lowlevel.current_statistics().tasks_living == watch - 1
+            files.settle_later(inode)
+            await trio.sleep(3)
+            assert inode not in files.writing, "and it is watched again, when need be"
+            nursery.cancel_scope.cancel()
