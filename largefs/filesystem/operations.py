@@ -191,16 +191,21 @@ class Filesystem(pyfuse3.Operations):
         if fields.update_size:
             await self._truncate(row, attr.st_size, fh)
             row = self._store.get(inode)
-        columns: dict[str, int] = {"ctime_ns": time.time_ns()}
+        columns: dict[str, int] = {}
         if fields.update_mode:
             columns["mode"] = stat.S_IFMT(row.mode) | stat.S_IMODE(attr.st_mode)
-        if fields.update_uid or fields.update_gid:
-            columns |= self._new_owner(row, attr, fields)
+        if fields.update_uid:
+            columns["uid"] = attr.st_uid
+        if fields.update_gid:
+            columns["gid"] = attr.st_gid
         if fields.update_atime:
             columns["atime_ns"] = attr.st_atime_ns
         if fields.update_mtime:
             columns["mtime_ns"] = attr.st_mtime_ns
         with self._store.change():
+            if self._must_kill_privileges(row, fields, ctx):
+                self.kill_privileges(inode)
+            columns["ctime_ns"] = time.time_ns()
             if "mode" in columns:
                 acl.follow_mode(self._store, inode, columns["mode"])
             self._store.set_attributes(inode, **columns)
@@ -210,19 +215,20 @@ class Filesystem(pyfuse3.Operations):
                 )
         return self._attributes(self._store.get(inode))
 
-    def _new_owner(
-        self, row: Inode, attr: EntryAttributes, fields: SetattrFields
-    ) -> dict[str, int]:
-        columns: dict[str, int] = {}
-        if fields.update_uid:
-            columns["uid"] = attr.st_uid
-        if fields.update_gid:
-            columns["gid"] = attr.st_gid
-        if not stat.S_ISDIR(row.mode) and not fields.update_mode:
-            self._remove_capability(row.id)
-            if (mode := drop_privilege_bits(row)) != row.mode:
-                columns["mode"] = mode
-        return columns
+    def _must_kill_privileges(self, row: Inode, fields: SetattrFields, ctx: RequestContext) -> bool:
+        """Whether a SETATTR takes privileges away: that of chown(2), and one that names nothing.
+
+        The latter is all we hear of chown(path, -1, -1), and of a write that the kernel passes through
+        to a file with privileges (file_remove_privs(); fuse_setattr() strikes out what it is about).
+        Root's write only takes the capability, and that by a request of its own.
+        """
+        if stat.S_ISDIR(row.mode) or fields.update_mode:
+            return False
+        if fields.update_uid or fields.update_gid:
+            return True
+        if fields.update_size or fields.update_atime or fields.update_mtime:
+            return False
+        return bool(ctx.uid) or row.id not in self._files.writing
 
     async def _truncate(self, row: Inode, size: int, fh: FileHandleT | None) -> None:
         if not stat.S_ISREG(row.mode):
@@ -385,31 +391,19 @@ class Filesystem(pyfuse3.Operations):
         writable = truncate or flags & os.O_ACCMODE != os.O_RDONLY
         file = await self._files.open(inode, writable=writable)
         fh = handle(inode, writable=writable)
-        direct = False
         try:
             if truncate:
                 if ctx.uid and not self._files.told_of_privileges:
                     self.kill_privileges(inode)
                 self._remove_capability(inode)
                 os.ftruncate(self._files.write_fd(fh), 0)
-            if writable:
-                direct = self._is_privileged(inode)
-            else:
+            if not writable:
                 await self._before_reading(self._store.get(inode), file.fd, flags, ctx.pid)
         except BaseException:
             self._files.release(fh)
             raise
         self._files.announce(file, fh)
-        return FileInfo(fh=fh, direct_io=direct, keep_cache=True)
-
-    def _is_privileged(self, inode: int) -> bool:
-        """Whether writes must come here, to take privileges away: the kernel hides those it does itself.
-
-        Mappings still go to the backing file, where nothing can be taken away at the right moment; but
-        nobody can execute a file that is open for writing (ETXTBSY).
-        """
-        row = self._store.get(inode)
-        return drop_privilege_bits(row) != row.mode or self._store.has_xattr(inode, CAPABILITY)
+        return FileInfo(fh=fh, keep_cache=True)
 
     async def _before_reading(self, row: Inode, fd: int, flags: int, pid: int) -> None:
         await self._verify.on_open(row)

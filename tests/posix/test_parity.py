@@ -328,6 +328,28 @@ def set_id_bits_after_writing(d: str) -> Iterator[object]:
     yield as_nobody(os.pwrite, fd, b"x", 0), os.stat(f).st_mode
     os.close(fd)
     yield as_nobody(lambda: os.close(os.open(f, os.O_WRONLY | os.O_TRUNC))), os.stat(f).st_mode
+    fd = os.open(f, os.O_RDWR)
+    for mode in (0o4777, 0o6777):
+        os.chmod(f, mode)  # and the handle is older
+        yield as_nobody(os.pwrite, fd, b"x" * 4096, 0), oct(os.stat(f).st_mode)
+        os.chmod(f, mode)
+        yield os.pwrite(fd, b"x" * 4096, 0), oct(os.stat(f).st_mode)
+        os.setxattr(f, "security.capability", capability)
+        yield os.pwrite(fd, b"x" * 4096, 0), oct(os.stat(f).st_mode), os.listxattr(f)
+    os.close(fd)
+
+
+@case
+def set_id_bits_after_chown_to_nobody_else(d: str) -> Iterator[object]:
+    f = write(d + "/f")
+    os.chown(f, NOBODY, NOBODY)
+    os.mkdir(d + "/dir")
+    for mode in (0o4755, 0o2755, 0o6777):
+        for path in (f, d + "/dir"):
+            os.chmod(path, mode)
+            yield outcome(os.chown, path, -1, -1), oct(os.stat(path).st_mode)
+        os.chmod(f, mode)
+        yield as_nobody(os.chown, f, -1, -1), oct(os.stat(f).st_mode)
 
 
 @case
