@@ -539,7 +539,9 @@ class Filesystem(pyfuse3.Operations):
         """setxattr(2). An access ACL also sets the permission bits."""
         _check_namespace(name)
         with self._store.change():
-            if name == acl.ACCESS and not acl.set_access(self._store, inode, value):
+            if name == acl.ACCESS and not acl.set_access(
+                self._store, inode, value, ctx.uid, _groups(ctx)
+            ):
                 return
             self._store.set_xattr(inode, name, value)
 
@@ -572,6 +574,14 @@ class Filesystem(pyfuse3.Operations):
             setattr(s, field, getattr(below, field))
         s.f_namemax = NAME_MAX
         return s
+
+
+def _groups(ctx: RequestContext) -> set[int]:
+    """The groups that the caller is in; without the supplementary ones if it is of another PID namespace."""
+    try:
+        return {ctx.gid, *pyfuse3.get_sup_groups(ctx.pid)}
+    except OSError:
+        return {ctx.gid}
 
 
 def _check_namespace(name: bytes) -> None:

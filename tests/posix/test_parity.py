@@ -432,6 +432,14 @@ def acls(d: str) -> Iterator[object]:
     yield seen(f), os.listxattr(f)
     yield outcome(os.setxattr, f, "system.posix_acl_access", b"junk")
     os.mkdir(d + "/dir")
+    for path in (f, d + "/dir"):
+        for gid in (0, NOBODY):
+            os.chown(path, NOBODY, gid)
+            for by in (as_nobody, outcome):
+                os.chmod(path, 0o2755)
+                yield by(os.setxattr, path, "system.posix_acl_access", ACCESS_ACL), seen(path)
+        os.removexattr(path, "system.posix_acl_access")
+        os.chown(path, 0, 0)
     os.setxattr(d + "/dir", "system.posix_acl_default", ACCESS_ACL)
     os.mkdir(d + "/dir/sub")
     write(d + "/dir/f", b"x")
