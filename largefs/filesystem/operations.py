@@ -199,9 +199,9 @@ class Filesystem(pyfuse3.Operations):
         if fields.update_gid:
             columns["gid"] = attr.st_gid
         if fields.update_atime:
-            columns["atime_ns"] = attr.st_atime_ns
+            columns["atime_ns"] = _clamp(attr.st_atime_ns)
         if fields.update_mtime:
-            columns["mtime_ns"] = attr.st_mtime_ns
+            columns["mtime_ns"] = _clamp(attr.st_mtime_ns)
         with self._store.change():
             if self._must_kill_privileges(row, fields, ctx):
                 self.kill_privileges(inode)
@@ -211,8 +211,10 @@ class Filesystem(pyfuse3.Operations):
             self._store.set_attributes(inode, **columns)
             if fields.update_mtime and stat.S_ISREG(row.mode):
                 self._store.backing.set_times(
-                    inode, columns.get("atime_ns", row.atime_ns), attr.st_mtime_ns
+                    inode, columns.get("atime_ns", row.atime_ns), columns["mtime_ns"]
                 )
+                kept = self._store.backing.stat(inode).st_mtime_ns  # its filesystem has limits too
+                self._store.set_attributes(inode, mtime_ns=kept)
         return self._attributes(self._store.get(inode))
 
     def _must_kill_privileges(self, row: Inode, fields: SetattrFields, ctx: RequestContext) -> bool:
@@ -574,6 +576,11 @@ class Filesystem(pyfuse3.Operations):
             setattr(s, field, getattr(below, field))
         s.f_namemax = NAME_MAX
         return s
+
+
+def _clamp(ns: int) -> int:
+    """A time within what the store can hold, as timestamp_truncate() in fs/inode.c does it."""
+    return max(-(2**63), min(ns, 2**63 - 1))
 
 
 def _groups(ctx: RequestContext) -> set[int]:

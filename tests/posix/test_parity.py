@@ -668,3 +668,16 @@ def test_known_limit_no_collapse_and_insert(mounts: Mounts) -> None:
     for mode in (COLLAPSE, INSERT):
         assert outcome(fallocate, fd, mode, 0, 4096) == "ENOTSUP"
     os.close(fd)
+
+
+def test_times_beyond_the_limits(mounts: Mounts) -> None:
+    path = mounts.make().path
+    write(f"{path}/f")
+    os.mkdir(path / "d")
+    last = 2**63 - 1
+    for name in ("f", "d"):
+        os.utime(path / name, ns=(last + 1, 2**34 * 10**9))
+        st = os.stat(path / name)
+        assert (st.st_atime_ns, st.st_mtime_ns) == (last, last)
+    os.utime(path / "f", ns=(0, -(2**62)))  # 1823: before ext4 begins; `check` must find no fault
+    assert os.stat(path / "f").st_mtime_ns <= -(2**31) * 10**9
