@@ -435,10 +435,18 @@ class Filesystem(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         """open(2) with O_TMPFILE: a file without a name, which linkat(2) may name later."""
         with self._store.change():
+            above = self._store.get(parent_inode)
             name = b".tmpfile-%d" % time.monotonic_ns()
             row = self._make(parent_inode, name, stat.S_IFREG | stat.S_IMODE(mode), ctx)
             row = self._store.unlink(parent_inode, name)
-        return await self._open_new(row)
+            self._store.set_attributes(  # nothing happened to the directory
+                parent_inode, mtime_ns=above.mtime_ns, ctime_ns=above.ctime_ns
+            )
+        try:
+            return await self._open_new(row)
+        except BaseException:
+            self._drop_if_unused(row.id)
+            raise
 
     @handler
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:

@@ -570,6 +570,7 @@ def file_without_a_name(d: str) -> Iterator[object]:
     yield seen(d + "/named"), read(d + "/named")
     os.close(fd)
     yield seen(d + "/named"), read(d + "/named")
+    yield times_moved(d, lambda: os.close(os.open(d, os.O_TMPFILE | os.O_RDWR)))
 
 
 @case
