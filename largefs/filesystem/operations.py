@@ -557,13 +557,23 @@ class Filesystem(pyfuse3.Operations):
 
     @handler
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[bytes]:
-        """listxattr(2); user.largefs.* are not listed, so that no copy takes them along."""
-        return list(self._store.xattrs(inode))
+        """listxattr(2); user.largefs.* are not listed, so that no copy takes them along.
+
+        Nor is trusted.* to ordinary users, for whom the kernel itself refuses to get it
+        (xattr_permission()).
+        """
+        return [
+            name
+            for name in self._store.xattrs(inode)
+            if not (ctx.uid and name.startswith(b"trusted."))
+        ]
 
     @handler
     async def removexattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> None:
-        """removexattr(2)."""
+        """removexattr(2). To remove an ACL that is not there is no error."""
         _check_namespace(name)
+        if name in (acl.ACCESS, acl.DEFAULT) and not self._store.has_xattr(inode, name):
+            return
         self._store.remove_xattr(inode, name)
 
     @handler

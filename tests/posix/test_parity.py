@@ -404,6 +404,8 @@ def extended_attributes(d: str) -> Iterator[object]:
     yield outcome(os.setxattr, f, "nonsense.x", b""), outcome(os.setxattr, f, "user.", b"")
     yield times_moved(f, lambda: os.setxattr(f, "user.c", b"x"))
     yield as_nobody(os.setxattr, f, "user.d", b"x")
+    yield as_nobody(lambda: tuple(sorted(os.listxattr(f)))), as_nobody(os.getxattr, f, "trusted.t")
+    yield as_nobody(os.removexattr, f, "trusted.t"), sorted(os.listxattr(f))
     os.symlink("f", d + "/s")
     yield outcome(os.setxattr, d + "/s", "user.x", b"1", follow_symlinks=False)
     os.setxattr(d, "user.dir", b"yes")
@@ -448,6 +450,9 @@ def acls(d: str) -> Iterator[object]:
         found = {x: os.getxattr(path, x) for x in sorted(os.listxattr(path))}
         yield seen(path), found
     yield as_nobody(read, d + "/dir/f"), seen(d + "/dir")
+    for kind in ("access", "default"):
+        for path in (f, d + "/dir"):
+            yield outcome(os.removexattr, path, f"system.posix_acl_{kind}"), seen(path)
 
 
 @case
