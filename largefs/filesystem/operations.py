@@ -141,7 +141,7 @@ class Filesystem(pyfuse3.Operations):
         row = self._store.find(parent, name)
         if row is None:
             if len(name) > NAME_MAX:
-                raise FUSEError(errno.ENAMETOOLONG)
+                raise fail(errno.ENAMETOOLONG)
             return missing()
         return self._entry(row)
 
@@ -234,7 +234,7 @@ class Filesystem(pyfuse3.Operations):
 
     async def _truncate(self, row: Inode, size: int, fh: FileHandleT | None) -> None:
         if not stat.S_ISREG(row.mode):
-            raise FUSEError(errno.EISDIR if stat.S_ISDIR(row.mode) else errno.EINVAL)
+            raise fail(errno.EISDIR if stat.S_ISDIR(row.mode) else errno.EINVAL)
         if fh is not None and is_writable(fh):
             os.ftruncate(self._files.write_fd(fh), size)
         else:
@@ -355,7 +355,7 @@ class Filesystem(pyfuse3.Operations):
         It then also caches directories for as long as nothing changes (FUSE_NO_OPENDIR_SUPPORT).
         """
         if not self._opendir_needed:
-            raise FUSEError(errno.ENOSYS)
+            raise fail(errno.ENOSYS)
         return FileHandleT(inode)
 
     @handler
@@ -480,7 +480,7 @@ class Filesystem(pyfuse3.Operations):
     @handler
     async def flush(self, fh: FileHandleT) -> None:
         """close(2) of one descriptor: nothing is held back, so the kernel need not ask again."""
-        raise FUSEError(errno.ENOSYS)
+        raise fail(errno.ENOSYS)
 
     @handler
     async def release(self, fh: FileHandleT) -> None:
