@@ -77,9 +77,8 @@ class Wanted:
       - has a method kill_privileges(inode) (operations.py), called where the kernel asks for it,
         which it does if the caller lacks CAP_FSETID;
       - clears security.capability in write and setattr of size whoever calls;
-      - clears all three in setattr of uid and gid;
-      - opens for writing a file that has any of them with FileInfo.direct_io and pass_through():
-        the kernel tells nobody of a write to a backing file, so those must come to the daemon.
+      - clears all three in setattr of uid and gid, and in a setattr of nothing at all: that is what
+        the kernel sends for chown(path, -1, -1), and before it writes to a backing file.
     """
     dont_mask: bool = False
     """The filesystem applies RequestContext.umask to new files itself: as it must, with POSIX ACLs,

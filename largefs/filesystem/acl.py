@@ -7,6 +7,7 @@ a directory with a default ACL inherits it (acl(5), "OBJECT CREATION AND DEFAULT
 
 import stat
 import struct
+from collections.abc import Set
 from dataclasses import dataclass, field, replace
 
 from largefs.store import Store
@@ -50,14 +51,18 @@ def encode(entries: list[Entry]) -> bytes:
     return struct.pack("<I", VERSION) + packed
 
 
-def set_access(store: Store, inode: int, value: bytes) -> bool:
-    """Set the permission bits that an access ACL stands for.
+def set_access(store: Store, inode: int, value: bytes, uid: int, groups: Set[int]) -> bool:
+    """Set the permission bits that an access ACL stands for, as chmod(2) by this user would.
 
+    So set-group-ID goes unless the caller is root or of the file's group (posix_acl_update_mode()).
     False: the ACL says no more than the bits do, so it need not be kept. The kernel has checked it.
     """
     entries = decode(value)
     row = store.get(inode)
-    store.set_attributes(inode, mode=row.mode & ~0o777 | _bits(entries))
+    mode = row.mode & ~0o777 | _bits(entries)
+    if uid and row.gid not in groups:
+        mode &= ~stat.S_ISGID
+    store.set_attributes(inode, mode=mode)
     if any(e.tag in (USER, GROUP, MASK) for e in entries):
         return True
     if ACCESS in store.xattrs(inode):

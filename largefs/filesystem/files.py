@@ -23,7 +23,7 @@ import trio
 from largefs.channel import Channel, Negotiated
 from largefs.filesystem.commits import Commits
 from largefs.hugetext import text
-from largefs.store import Content, Inode, Store
+from largefs.store import Inode, Store
 from largefs.store.backing import has_writer
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class Files:
         self._tickets: dict[int, int] = {}  # inodes to be summed -> which closing it was
         self._ticket = 0
         self._to_sum, self._sum_queue = trio.open_memory_channel[int](math.inf)
+        self._watched: set[int] = set()  # closed inodes that a mapping may write
         self._to_watch, self._watch_queue = trio.open_memory_channel[int](math.inf)
 
     @property
@@ -207,23 +208,21 @@ class Files:
             os.close(file.write_fd)
             file.write_fd = -1
         if file.backing_id and has_writer(file.fd):
-            self._to_watch.send_nowait(file.inode)
+            self.settle_later(file.inode)
         else:
             self._settle(file.inode, file.fd)
 
     def _settle(self, inode: int, fd: int) -> None:
         """Record what a file is now that nobody writes it; `fd` is open on its backing file."""
+        st = os.fstat(fd)
         try:
-            row = self._store.get(inode)
+            self._store.record_stat(inode, st)
         except FileNotFoundError:
             self.forget(inode)
             return
-        st = os.fstat(fd)
         if st.st_size <= SETTLE_AT_ONCE:
-            self._store.record_content(inode, self._store.content(inode), huge=False)
-            self._tell_if_huge_changed(row, huge=False)
+            self._record_checksums(inode, self._store.sum(inode), huge=False)
         else:
-            self._store.record_stat(inode, st)
             self.sum_later(inode)
         self.writing.discard(inode)  # not before: what could not be recorded is no truth to reply
 
@@ -242,12 +241,15 @@ class Files:
         return True
 
     def settle_later(self, inode: int) -> None:
-        """Settle a file that a daemon before this one left open for writing.
+        """Settle a file as soon as no mapping writes it any more.
 
-        Passed through, a program may write it still, and long after that daemon is gone.
+        Passed through, a program may write it long after it was closed, and after a daemon before
+        this one, which left it open for writing, is gone.
         """
         self.writing.add(inode)
-        self._to_watch.send_nowait(inode)
+        if inode not in self._watched:
+            self._watched.add(inode)
+            self._to_watch.send_nowait(inode)
 
     def sum_later(self, inode: int) -> None:
         """Have the checksums of a file that nobody writes made by `run_checksums`."""
@@ -271,25 +273,26 @@ class Files:
         if ticket is None:
             return  # written again, or removed
         try:
-            content, huge = await trio.to_thread.run_sync(self._look_at, inode)
+            checksums, huge = await trio.to_thread.run_sync(self._look_at, inode)
         except OSError:
             if self._tickets.get(inode) == ticket:
                 raise
             return  # as ENXIO of lseek(2): it was cut off while it was read
-        if self._tickets.get(inode) != ticket:
-            return
-        del self._tickets[inode]
-        row = self._store.get(inode)
-        self._store.record_content(inode, content, huge=huge)
-        self._tell_if_huge_changed(row, huge=huge)
+        if self._tickets.get(inode) == ticket:
+            del self._tickets[inode]
+            self._record_checksums(inode, checksums, huge=huge)
 
-    def _look_at(self, inode: int) -> tuple[Content, bool]:
-        """What a file holds, and whether that has eligible text. Blocks; raises OSError."""
-        return self._store.content(inode), bool(text_of(self._store, inode).ranges)
+    def _look_at(self, inode: int) -> tuple[list[tuple[int, bytes]], bool]:
+        """A file's checksums, and whether it has eligible text. Blocks; raises OSError."""
+        return self._store.sum(inode), bool(text_of(self._store, inode).ranges)
 
-    def _tell_if_huge_changed(self, row: Inode, *, huge: bool) -> None:
-        if bool(row.huge) != huge:
-            invalidate_attributes(row.id)
+    def _record_checksums(
+        self, inode: int, checksums: list[tuple[int, bytes]], *, huge: bool
+    ) -> None:
+        changed = bool(self._store.get(inode).huge) != huge
+        self._store.record_checksums(inode, checksums, huge=huge)
+        if changed:
+            invalidate_attributes(inode)
 
     async def run_watch(self) -> None:
         """Settle files that were closed while a shared mapping still wrote them, for ever."""
@@ -301,10 +304,13 @@ class Files:
         for seconds in chain(LEASE_RETRY, repeat(LEASE_RETRY[-1])):
             await trio.sleep(seconds)
             file = self._open.get(inode)
-            if (file and file.writers) or inode not in self.writing:
-                return  # its next closing sees to it
-            if self._settle_unless_written(inode):
-                return
+            if (
+                (file and file.writers)  # its next closing sees to it
+                or inode not in self.writing
+                or self._settle_unless_written(inode)
+            ):
+                break
+        self._watched.discard(inode)
 
     def forget(self, inode: int) -> None:
         """The inode is gone: nothing of it is to be settled."""
@@ -318,16 +324,13 @@ class Files:
         """
         for inode in list(self.writing):
             self._settle_unless_written(inode)
-        for inode in list(self._tickets):
-            self._sum_now(inode)
+        for inode in self._tickets:
+            try:
+                checksums, huge = self._look_at(inode)
+                self._record_checksums(inode, checksums, huge=huge)
+            except OSError as e:
+                log.error("inode %d: no checksums: %s", inode, e)
         self._tickets.clear()
-
-    def _sum_now(self, inode: int) -> None:
-        try:
-            content, huge = self._look_at(inode)
-            self._store.record_content(inode, content, huge=huge)
-        except OSError as e:
-            log.error("inode %d: no checksums: %s", inode, e)
 
 
 def text_of(store: Store, inode: int) -> text.Text:

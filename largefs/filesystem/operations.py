@@ -141,7 +141,7 @@ class Filesystem(pyfuse3.Operations):
         row = self._store.find(parent, name)
         if row is None:
             if len(name) > NAME_MAX:
-                raise FUSEError(errno.ENAMETOOLONG)
+                raise fail(errno.ENAMETOOLONG)
             return missing()
         return self._entry(row)
 
@@ -191,42 +191,50 @@ class Filesystem(pyfuse3.Operations):
         if fields.update_size:
             await self._truncate(row, attr.st_size, fh)
             row = self._store.get(inode)
-        columns: dict[str, int] = {"ctime_ns": time.time_ns()}
+        columns: dict[str, int] = {}
         if fields.update_mode:
             columns["mode"] = stat.S_IFMT(row.mode) | stat.S_IMODE(attr.st_mode)
-        if fields.update_uid or fields.update_gid:
-            columns |= self._new_owner(row, attr, fields)
+        if fields.update_uid:
+            columns["uid"] = attr.st_uid
+        if fields.update_gid:
+            columns["gid"] = attr.st_gid
         if fields.update_atime:
-            columns["atime_ns"] = attr.st_atime_ns
+            columns["atime_ns"] = _clamp(attr.st_atime_ns)
         if fields.update_mtime:
-            columns["mtime_ns"] = attr.st_mtime_ns
+            columns["mtime_ns"] = _clamp(attr.st_mtime_ns)
         with self._store.change():
+            if self._must_kill_privileges(row, fields, ctx):
+                self.kill_privileges(inode)
+            columns["ctime_ns"] = time.time_ns()
             if "mode" in columns:
                 acl.follow_mode(self._store, inode, columns["mode"])
             self._store.set_attributes(inode, **columns)
             if fields.update_mtime and stat.S_ISREG(row.mode):
                 self._store.backing.set_times(
-                    inode, columns.get("atime_ns", row.atime_ns), attr.st_mtime_ns
+                    inode, columns.get("atime_ns", row.atime_ns), columns["mtime_ns"]
                 )
+                kept = self._store.backing.stat(inode).st_mtime_ns  # its filesystem has limits too
+                self._store.set_attributes(inode, mtime_ns=kept)
         return self._attributes(self._store.get(inode))
 
-    def _new_owner(
-        self, row: Inode, attr: EntryAttributes, fields: SetattrFields
-    ) -> dict[str, int]:
-        columns: dict[str, int] = {}
-        if fields.update_uid:
-            columns["uid"] = attr.st_uid
-        if fields.update_gid:
-            columns["gid"] = attr.st_gid
-        if not stat.S_ISDIR(row.mode) and not fields.update_mode:
-            self._remove_capability(row.id)
-            if (mode := drop_privilege_bits(row)) != row.mode:
-                columns["mode"] = mode
-        return columns
+    def _must_kill_privileges(self, row: Inode, fields: SetattrFields, ctx: RequestContext) -> bool:
+        """Whether a SETATTR takes privileges away: that of chown(2), and one that names nothing.
+
+        The latter is all we hear of chown(path, -1, -1), and of a write that the kernel passes through
+        to a file with privileges (file_remove_privs(); fuse_setattr() strikes out what it is about).
+        Root's write only takes the capability, and that by a request of its own.
+        """
+        if stat.S_ISDIR(row.mode) or fields.update_mode:
+            return False
+        if fields.update_uid or fields.update_gid:
+            return True
+        if fields.update_size or fields.update_atime or fields.update_mtime:
+            return False
+        return bool(ctx.uid) or row.id not in self._files.writing
 
     async def _truncate(self, row: Inode, size: int, fh: FileHandleT | None) -> None:
         if not stat.S_ISREG(row.mode):
-            raise FUSEError(errno.EISDIR if stat.S_ISDIR(row.mode) else errno.EINVAL)
+            raise fail(errno.EISDIR if stat.S_ISDIR(row.mode) else errno.EINVAL)
         if fh is not None and is_writable(fh):
             os.ftruncate(self._files.write_fd(fh), size)
         else:
@@ -278,7 +286,7 @@ class Filesystem(pyfuse3.Operations):
         """mknod(2), of regular files too (an NFS server makes them so)."""
         row = self._make(parent_inode, name, mode, ctx, rdev=rdev)
         if stat.S_ISREG(mode):
-            self._store.record_content(row.id, self._store.content(row.id), huge=False)
+            self._store.record_checksums(row.id, [], huge=False)
             row = self._store.get(row.id)
         return self._entry(row)
 
@@ -347,7 +355,7 @@ class Filesystem(pyfuse3.Operations):
         It then also caches directories for as long as nothing changes (FUSE_NO_OPENDIR_SUPPORT).
         """
         if not self._opendir_needed:
-            raise FUSEError(errno.ENOSYS)
+            raise fail(errno.ENOSYS)
         return FileHandleT(inode)
 
     @handler
@@ -385,31 +393,19 @@ class Filesystem(pyfuse3.Operations):
         writable = truncate or flags & os.O_ACCMODE != os.O_RDONLY
         file = await self._files.open(inode, writable=writable)
         fh = handle(inode, writable=writable)
-        direct = False
         try:
             if truncate:
                 if ctx.uid and not self._files.told_of_privileges:
                     self.kill_privileges(inode)
                 self._remove_capability(inode)
                 os.ftruncate(self._files.write_fd(fh), 0)
-            if writable:
-                direct = self._is_privileged(inode)
-            else:
+            if not writable:
                 await self._before_reading(self._store.get(inode), file.fd, flags, ctx.pid)
         except BaseException:
             self._files.release(fh)
             raise
         self._files.announce(file, fh)
-        return FileInfo(fh=fh, direct_io=direct, keep_cache=True)
-
-    def _is_privileged(self, inode: int) -> bool:
-        """Whether writes must come here, to take privileges away: the kernel hides those it does itself.
-
-        Mappings still go to the backing file, where nothing can be taken away at the right moment; but
-        nobody can execute a file that is open for writing (ETXTBSY).
-        """
-        row = self._store.get(inode)
-        return drop_privilege_bits(row) != row.mode or self._store.has_xattr(inode, CAPABILITY)
+        return FileInfo(fh=fh, keep_cache=True)
 
     async def _before_reading(self, row: Inode, fd: int, flags: int, pid: int) -> None:
         await self._verify.on_open(row)
@@ -439,10 +435,18 @@ class Filesystem(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         """open(2) with O_TMPFILE: a file without a name, which linkat(2) may name later."""
         with self._store.change():
+            above = self._store.get(parent_inode)
             name = b".tmpfile-%d" % time.monotonic_ns()
             row = self._make(parent_inode, name, stat.S_IFREG | stat.S_IMODE(mode), ctx)
             row = self._store.unlink(parent_inode, name)
-        return await self._open_new(row)
+            self._store.set_attributes(  # nothing happened to the directory
+                parent_inode, mtime_ns=above.mtime_ns, ctime_ns=above.ctime_ns
+            )
+        try:
+            return await self._open_new(row)
+        except BaseException:
+            self._drop_if_unused(row.id)
+            raise
 
     @handler
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
@@ -476,7 +480,7 @@ class Filesystem(pyfuse3.Operations):
     @handler
     async def flush(self, fh: FileHandleT) -> None:
         """close(2) of one descriptor: nothing is held back, so the kernel need not ask again."""
-        raise FUSEError(errno.ENOSYS)
+        raise fail(errno.ENOSYS)
 
     @handler
     async def release(self, fh: FileHandleT) -> None:
@@ -545,19 +549,31 @@ class Filesystem(pyfuse3.Operations):
         """setxattr(2). An access ACL also sets the permission bits."""
         _check_namespace(name)
         with self._store.change():
-            if name == acl.ACCESS and not acl.set_access(self._store, inode, value):
+            if name == acl.ACCESS and not acl.set_access(
+                self._store, inode, value, ctx.uid, _groups(ctx)
+            ):
                 return
             self._store.set_xattr(inode, name, value)
 
     @handler
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[bytes]:
-        """listxattr(2); user.largefs.* are not listed, so that no copy takes them along."""
-        return list(self._store.xattrs(inode))
+        """listxattr(2); user.largefs.* are not listed, so that no copy takes them along.
+
+        Nor is trusted.* to ordinary users, for whom the kernel itself refuses to get it
+        (xattr_permission()).
+        """
+        return [
+            name
+            for name in self._store.xattrs(inode)
+            if not (ctx.uid and name.startswith(b"trusted."))
+        ]
 
     @handler
     async def removexattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> None:
-        """removexattr(2)."""
+        """removexattr(2). To remove an ACL that is not there is no error."""
         _check_namespace(name)
+        if name in (acl.ACCESS, acl.DEFAULT) and not self._store.has_xattr(inode, name):
+            return
         self._store.remove_xattr(inode, name)
 
     @handler
@@ -578,6 +594,19 @@ class Filesystem(pyfuse3.Operations):
             setattr(s, field, getattr(below, field))
         s.f_namemax = NAME_MAX
         return s
+
+
+def _clamp(ns: int) -> int:
+    """A time within what the store can hold, as timestamp_truncate() in fs/inode.c does it."""
+    return max(-(2**63), min(ns, 2**63 - 1))
+
+
+def _groups(ctx: RequestContext) -> set[int]:
+    """The groups that the caller is in; without the supplementary ones if it is of another PID namespace."""
+    try:
+        return {ctx.gid, *pyfuse3.get_sup_groups(ctx.pid)}
+    except OSError:
+        return {ctx.gid}
 
 
 def _check_namespace(name: bytes) -> None:

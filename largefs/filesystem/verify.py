@@ -11,23 +11,29 @@ from largefs.store import Inode, Store
 log = logging.getLogger(__name__)
 
 
+REMEMBERED = 100_000
+"""Files known to be good, at most; beyond that all are forgotten, and read again when next opened."""
+
+
 class Verify:
     """Which files were found to hold what was recorded, in this mount."""
 
     def __init__(self, store: Store, *, enabled: bool) -> None:
         self._store = store
         self._enabled = enabled
-        self._good: set[tuple[int, int]] = set()  # (inode, mtime)
+        self._good: dict[int, int] = {}  # inode -> mtime
 
     async def on_open(self, row: Inode) -> None:
         """Raise EIO if the file's extents are not what was recorded when it was last written."""
-        if not self._enabled or row.writing or (row.id, row.mtime_ns) in self._good:
+        if not self._enabled or row.writing or self._good.get(row.id) == row.mtime_ns:
             return
         expected = self._store.checksums(row.id)
-        found = await trio.to_thread.run_sync(self._store.content, row.id)
-        sums = dict(found.checksums)
-        if found.st.st_size != row.size or sums != expected:
-            bad = sorted({n for n, _ in expected.items() ^ sums.items()})
-            log.error("inode %d: damaged: size %d, extents %s", row.id, found.st.st_size, bad)
+        found = dict(await trio.to_thread.run_sync(self._store.sum, row.id))
+        size = self._store.backing.stat(row.id).st_size
+        if size != row.size or found != expected:
+            bad = sorted({n for n, _ in expected.items() ^ found.items()})
+            log.error("inode %d: damaged: size %d, extents %s", row.id, size, bad)
             raise FUSEError(errno.EIO)  # an OSError would log a traceback as well
-        self._good.add((row.id, row.mtime_ns))
+        if len(self._good) >= REMEMBERED:
+            self._good.clear()
+        self._good[row.id] = row.mtime_ns

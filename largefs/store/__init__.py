@@ -18,14 +18,13 @@ from largefs.store.errors import (
     StoreError,
 )
 from largefs.store.schema import FORMAT_VERSION, ROOT_INODE
-from largefs.store.store import Content, Dentry, Inode, Store
+from largefs.store.store import Dentry, Inode, Store
 
 __all__ = [
     "EXTENT_SIZE",
     "FORMAT_VERSION",
     "ROOT_INODE",
     "BusyError",
-    "Content",
     "Dentry",
     "DiskFullError",
     "Inode",

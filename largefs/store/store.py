@@ -8,7 +8,7 @@ Guarantees
     After a crash `open` puts everything in order by itself: what was committed is there, what was
     written through an open handle has the size its backing file has.
 
-Metadata calls must come from one thread at a time. `Store.content` and everything of
+Metadata calls must come from one thread at a time. `Store.sum` and everything of
 `BackingFiles` may run in other threads meanwhile. POSIX failures are raised as OSError with the errno
 that the system call has by its man page; a store that cannot be used, as StoreError.
 """
@@ -21,7 +21,6 @@ import stat
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,14 +81,6 @@ class Dentry(NamedTuple):
     id: int
     name: bytes
     inode: Inode
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a backing file holds, read from it."""
-
-    st: os.stat_result
-    checksums: list[tuple[int, bytes]]
 
 
 REMOVED = "nlink = 0 AND id NOT IN (SELECT inode FROM dentries) AND id NOT IN (SELECT parent FROM dentries)"
@@ -301,7 +292,8 @@ class Store:
                 for inode in self.unsettled:
                     with contextlib.suppress(OSError):
                         if not self.has_writer(inode):
-                            self.record_content(inode, self.content(inode))
+                            self.record_stat(inode, self.backing.stat(inode))
+                            self.record_checksums(inode, self.sum(inode))
                 self.unsettled = []
                 with self.change():
                     self.db.execute("UPDATE superblock SET clean = 1")
@@ -859,20 +851,22 @@ class Store:
         with self.backing.opened(inode) as fd:
             return backing.has_writer(fd)
 
-    def content(self, inode: int) -> Content:
-        """Read a backing file through and return what it holds. For any thread; raises OSError."""
+    def sum(self, inode: int) -> list[tuple[int, bytes]]:
+        """Read a backing file through: its checksums, by extent number. For any thread; raises OSError."""
         with self.backing.opened(inode) as fd:
-            st = os.fstat(fd)
-            sums = backing.checksums(fd, st.st_size)
-            return Content(st, sums)
+            return backing.checksums(fd, os.fstat(fd).st_size)
 
-    def record_content(self, inode: int, content: Content, *, huge: bool | None = None) -> None:
-        """Record what a file holds now that nobody writes it; it is clean after a commit."""
+    def record_checksums(
+        self, inode: int, checksums: list[tuple[int, bytes]], *, huge: bool | None = None
+    ) -> None:
+        """Record what a settled file holds, as found by `sum`; it is clean after a commit.
+
+        Its times may have been set while it was summed: they stay.
+        """
         with self.change():
-            self.record_stat(inode, content.st)
             if huge is not None:
                 self.set_attributes(inode, huge=int(huge))
-            self.set_checksums(inode, content.checksums)
+            self.set_checksums(inode, checksums)
         self._settled.add(inode)
 
     def record_stat(self, inode: int, st: os.stat_result) -> None:
@@ -1018,4 +1012,4 @@ def _reason(e: Any) -> str:
     return str(getattr(e, "strerror", None) or e)
 
 
-__all__ = ["EXTENT_SIZE", "Content", "Dentry", "Inode", "Store", "fail"]
+__all__ = ["EXTENT_SIZE", "Dentry", "Inode", "Store", "fail"]

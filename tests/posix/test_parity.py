@@ -328,6 +328,28 @@ def set_id_bits_after_writing(d: str) -> Iterator[object]:
     yield as_nobody(os.pwrite, fd, b"x", 0), os.stat(f).st_mode
     os.close(fd)
     yield as_nobody(lambda: os.close(os.open(f, os.O_WRONLY | os.O_TRUNC))), os.stat(f).st_mode
+    fd = os.open(f, os.O_RDWR)
+    for mode in (0o4777, 0o6777):
+        os.chmod(f, mode)  # and the handle is older
+        yield as_nobody(os.pwrite, fd, b"x" * 4096, 0), oct(os.stat(f).st_mode)
+        os.chmod(f, mode)
+        yield os.pwrite(fd, b"x" * 4096, 0), oct(os.stat(f).st_mode)
+        os.setxattr(f, "security.capability", capability)
+        yield os.pwrite(fd, b"x" * 4096, 0), oct(os.stat(f).st_mode), os.listxattr(f)
+    os.close(fd)
+
+
+@case
+def set_id_bits_after_chown_to_nobody_else(d: str) -> Iterator[object]:
+    f = write(d + "/f")
+    os.chown(f, NOBODY, NOBODY)
+    os.mkdir(d + "/dir")
+    for mode in (0o4755, 0o2755, 0o6777):
+        for path in (f, d + "/dir"):
+            os.chmod(path, mode)
+            yield outcome(os.chown, path, -1, -1), oct(os.stat(path).st_mode)
+        os.chmod(f, mode)
+        yield as_nobody(os.chown, f, -1, -1), oct(os.stat(f).st_mode)
 
 
 @case
@@ -382,6 +404,8 @@ def extended_attributes(d: str) -> Iterator[object]:
     yield outcome(os.setxattr, f, "nonsense.x", b""), outcome(os.setxattr, f, "user.", b"")
     yield times_moved(f, lambda: os.setxattr(f, "user.c", b"x"))
     yield as_nobody(os.setxattr, f, "user.d", b"x")
+    yield as_nobody(lambda: tuple(sorted(os.listxattr(f)))), as_nobody(os.getxattr, f, "trusted.t")
+    yield as_nobody(os.removexattr, f, "trusted.t"), sorted(os.listxattr(f))
     os.symlink("f", d + "/s")
     yield outcome(os.setxattr, d + "/s", "user.x", b"1", follow_symlinks=False)
     os.setxattr(d, "user.dir", b"yes")
@@ -410,6 +434,14 @@ def acls(d: str) -> Iterator[object]:
     yield seen(f), os.listxattr(f)
     yield outcome(os.setxattr, f, "system.posix_acl_access", b"junk")
     os.mkdir(d + "/dir")
+    for path in (f, d + "/dir"):
+        for gid in (0, NOBODY):
+            os.chown(path, NOBODY, gid)
+            for by in (as_nobody, outcome):
+                os.chmod(path, 0o2755)
+                yield by(os.setxattr, path, "system.posix_acl_access", ACCESS_ACL), seen(path)
+        os.removexattr(path, "system.posix_acl_access")
+        os.chown(path, 0, 0)
     os.setxattr(d + "/dir", "system.posix_acl_default", ACCESS_ACL)
     os.mkdir(d + "/dir/sub")
     write(d + "/dir/f", b"x")
@@ -418,6 +450,9 @@ def acls(d: str) -> Iterator[object]:
         found = {x: os.getxattr(path, x) for x in sorted(os.listxattr(path))}
         yield seen(path), found
     yield as_nobody(read, d + "/dir/f"), seen(d + "/dir")
+    for kind in ("access", "default"):
+        for path in (f, d + "/dir"):
+            yield outcome(os.removexattr, path, f"system.posix_acl_{kind}"), seen(path)
 
 
 @case
@@ -540,6 +575,7 @@ def file_without_a_name(d: str) -> Iterator[object]:
     yield seen(d + "/named"), read(d + "/named")
     os.close(fd)
     yield seen(d + "/named"), read(d + "/named")
+    yield times_moved(d, lambda: os.close(os.open(d, os.O_TMPFILE | os.O_RDWR)))
 
 
 @case
@@ -638,3 +674,16 @@ def test_known_limit_no_collapse_and_insert(mounts: Mounts) -> None:
     for mode in (COLLAPSE, INSERT):
         assert outcome(fallocate, fd, mode, 0, 4096) == "ENOTSUP"
     os.close(fd)
+
+
+def test_times_beyond_the_limits(mounts: Mounts) -> None:
+    path = mounts.make().path
+    write(f"{path}/f")
+    os.mkdir(path / "d")
+    last = 2**63 - 1
+    for name in ("f", "d"):
+        os.utime(path / name, ns=(last + 1, 2**34 * 10**9))
+        st = os.stat(path / name)
+        assert (st.st_atime_ns, st.st_mtime_ns) == (last, last)
+    os.utime(path / "f", ns=(0, -(2**62)))  # 1823: before ext4 begins; `check` must find no fault
+    assert os.stat(path / "f").st_mtime_ns <= -(2**31) * 10**9

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from largefs.filesystem.commits import Commits
 from largefs.filesystem.files import SETTLE_AT_ONCE, Files, handle
 from largefs.store import ROOT_INODE, Store
+from largefs.store.check import check
 from largefs.store.store import fail
 
 
@@ -115,3 +117,61 @@ def test_a_file_that_no_lease_may_be_taken_on_counts_as_written(tmp_path: Path) 
         argv = ["setpriv", f"--bounding-set={bounds}", sys.executable, "-c", script, path]
         said = subprocess.run(argv, capture_output=True, text=True, cwd=Path(__file__).parents[2])
         assert said.stdout.strip() == answer, said.stderr
+
+
+async def test_times_set_while_the_checksums_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What utimensat(2) set after the closing stays, and `check` does not blame the store."""
+    path = tmp_path / "store"
+    Store.create(path)
+    with Store.open(path, "a test") as store:
+        files = Files(store, Commits(store, 5), None)
+        inode = store.make(ROOT_INODE, b"f", stat.S_IFREG | 0o644, 0, 0).id
+        await files.open(inode, writable=True, new=True)
+        fh = handle(inode, writable=True)
+        os.ftruncate(files.write_fd(fh), 2 * SETTLE_AT_ONCE)
+        files.release(fh)
+
+        def set_times() -> None:  # as setattr does
+            store.set_attributes(inode, mtime_ns=1000)
+            store.backing.set_times(inode, 0, 1000)
+
+        look_at = files._look_at
+
+        def look_slowly(inode: int) -> object:
+            found = look_at(inode)
+            trio.from_thread.run_sync(set_times)
+            return found
+
+        monkeypatch.setattr(files, "_look_at", look_slowly)
+        await files._sum(inode)
+        assert store.get(inode).mtime_ns == 1000
+    assert not check(path, data=True).problems
+
+
+async def test_one_watcher_for_an_inode(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """However often it is opened and closed while a mapping writes it."""
+    Store.create(tmp_path / "store")
+    with Store.open(tmp_path / "store", "a test") as store:
+        files = Files(store, Commits(store, 5), None)
+        inode = store.make(ROOT_INODE, b"f", stat.S_IFREG | 0o644, 0, 0).id
+        mapping = store.backing.open(inode, os.O_RDWR)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(files.run_watch)
+            for _ in range(10):
+                files.settle_later(inode)
+                await trio.sleep(0.001)
+            watch = trio.lowlevel.current_statistics().tasks_living
+            files.settle_later(inode)
+            await trio.sleep(100)
+            assert inode in files.writing
+            assert trio.lowlevel.current_statistics().tasks_living == watch
+            os.close(mapping)
+            await trio.sleep(3)
+            assert inode not in files.writing
+            assert trio.lowlevel.current_statistics().tasks_living == watch - 1
+            files.settle_later(inode)
+            await trio.sleep(3)
+            assert inode not in files.writing, "and it is watched again, when need be"
+            nursery.cancel_scope.cancel()

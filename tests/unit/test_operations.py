@@ -157,6 +157,19 @@ async def test_create_leaves_nothing_when_the_file_cannot_be_opened(
     await filesystem.create(ROOT_INODE, b"f", FILE, os.O_RDWR, CONTEXT)
 
 
+async def test_tmpfile_leaves_nothing_when_the_file_cannot_be_opened(
+    filesystem: Filesystem, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_descriptors(*_: object, **__: object) -> None:
+        raise fail(errno.EMFILE)
+
+    before = store.counts()
+    monkeypatch.setattr(Files, "open", no_descriptors)
+    with pytest.raises(pyfuse3.FUSEError):
+        await filesystem.tmpfile(ROOT_INODE, FILE, os.O_RDWR, CONTEXT)
+    assert store.counts() == before
+
+
 ARGUMENTS = {
     "inode": ROOT_INODE, "parent": ROOT_INODE, "parent_inode": ROOT_INODE, "fh": 77,
     "new_parent_inode": ROOT_INODE, "parent_inode_old": ROOT_INODE, "parent_inode_new": ROOT_INODE,

@@ -174,5 +174,6 @@ def _settled_file(store: Store) -> int:
     fd = store.backing.open(inode, os.O_WRONLY)
     os.write(fd, b"data")
     os.close(fd)
-    store.record_content(inode, store.content(inode))
+    store.record_stat(inode, store.backing.stat(inode))
+    store.record_checksums(inode, store.sum(inode))
     return inode

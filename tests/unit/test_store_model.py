@@ -304,10 +304,11 @@ class StoreModel(RuleBasedStateMachine):
         inode = self.an_inode(what, stat.S_IFREG)
         if inode is None or not self.tree[inode].writing:
             return
-        content = self.store.content(inode)
-        self.store.record_content(inode, content)
+        st = self.store.backing.stat(inode)
+        self.store.record_stat(inode, st)
+        self.store.record_checksums(inode, self.store.sum(inode))
         self.tree[inode].writing = False
-        self.tree[inode].mtime_ns = content.st.st_mtime_ns
+        self.tree[inode].mtime_ns = st.st_mtime_ns
 
     # -------------------------------------------------------------------------------- durability
 
@@ -328,7 +329,8 @@ class StoreModel(RuleBasedStateMachine):
             node.writing = False
         self.store.unsettled, unsettled = [], self.store.unsettled
         for inode in unsettled:
-            self.store.record_content(inode, self.store.content(inode))
+            self.store.record_stat(inode, self.store.backing.stat(inode))
+            self.store.record_checksums(inode, self.store.sum(inode))
         for inode, node in self.tree.items():
             node.mtime_ns = None if inode in unsettled else node.mtime_ns
         self.commit()
