@@ -213,10 +213,10 @@ def _row(table: Table, text: Text, name: str, *first: str, style: str | None = N
 
 
 def _plain(name: str) -> str:
-    """A file name as rich can print it: names may hold any bytes, and rich takes [words] for
-    markup.
+    """A file's or a process's name as rich can print it: names may hold any bytes, and rich takes
+    [words] for markup.
     """
-    return escape(name.encode(errors="backslashreplace").decode())
+    return escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in name))
 
 
 def _nothing(selection: Selection) -> str:

@@ -100,6 +100,18 @@ def test_report_of_a_program_by_name_and_by_path(
         assert [p["pid"] for p in json.loads(result.stdout)["processes"]] == [child.pid]
 
 
+def test_report_of_a_process_with_any_name(start: Callable[..., subprocess.Popen[bytes]]) -> None:
+    """A process writes its comm itself: it need not be text."""
+    script = (
+        "import sys; open('/proc/self/comm', 'wb').write(b'caf\\xc3'); "
+        "print('ready', flush=True); sys.stdin.read()"
+    )
+    pid = start(sys.executable, "-c", script).pid
+    assert Path(f"/proc/{pid}/comm").read_bytes() == b"caf\xc3\n"
+    assert totals(run(report.command, pid, "--json"))["text"] > 0
+    assert run(report.command).exit_code == 0
+
+
 def test_report_of_everything() -> None:
     result = run(report.command)
     assert result.exit_code == 0
