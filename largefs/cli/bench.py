@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import statistics
 import sys
 from pathlib import Path
@@ -67,7 +66,6 @@ def command(
 
     Exit code: 0 when everything was measured, 2 when not.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as for an interrupt
     names = list(only) or list(workloads.WORKLOADS)
     console = Console(stderr=True)
     try:

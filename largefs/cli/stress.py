@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import time
 from pathlib import Path
@@ -130,7 +129,6 @@ def command(
         save_to=save,
         log=log,
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as for an interrupt
 
     terminal = sys.stderr.isatty()
 

@@ -9,6 +9,7 @@ run is interrupted.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import platform
 import random
@@ -21,7 +22,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import largefs
 from largefs.stress import checks, program_race, race
 from largefs.stress.generator import MODE_NAMES, POOL, Generator
 from largefs.stress.replay import Race, Replay, load, save
@@ -111,7 +111,7 @@ def environment(directory: Path) -> dict[str, str]:
         if fields[2] == f"{os.major(device)}:{os.minor(device)}":
             mount = {"filesystem": kind, "options": f"{fields[5]},{options}"}
     return {
-        "largefs": largefs.__version__,
+        "largefs": importlib.metadata.version("largefs"),
         "python": platform.python_version(),
         "kernel": f"{platform.release()} {platform.machine()}",
         **mount,

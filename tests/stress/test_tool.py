@@ -376,14 +376,22 @@ def test_missing_directory(tool, tmp_path):
     assert done.returncode == 2 and "No such file" in done.stderr and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted(tool, tmp_path, number):
-    running = subprocess.Popen([*tool, tmp_path, "--race", "0"], stderr=subprocess.PIPE, text=True)
+    """By a signal to the whole process group, as a terminal and timeout(1) send it."""
+    running = subprocess.Popen(
+        [*tool, tmp_path, "--race", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # not nohup(1)'s
+    )
     while not list(tmp_path.glob("*/session0/file0")):
         assert running.poll() is None
         time.sleep(0.01)
-    running.send_signal(number)
-    assert "interrupted" in running.communicate(timeout=30)[1]
+    os.killpg(running.pid, number)
+    said = running.communicate(timeout=30)[1]
+    assert "interrupted" in said and said.count("\n") == 1
     assert running.returncode == 2 and not os.listdir(tmp_path)
 
 

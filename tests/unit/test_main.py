@@ -1,0 +1,82 @@
+"""The command as such: whatever is done to it, it says one line at most, and ends as it should."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from largefs.store import Store
+from tests.mounts import LARGEFS
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command line of bash, in which $L is largefs."""
+    return subprocess.run(
+        ["bash", "-c", command],
+        env={**os.environ, "L": LARGEFS, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("command", ["--version", "report $$", "mkfs --help"])
+def test_output_that_cannot_be_written(command: str) -> None:
+    done = shell(f"$L {command} >/dev/full")
+    assert done.returncode == 1
+    assert done.stderr == "largefs: output: No space left on device\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed: str) -> None:
+    done = shell(f"$L report $$ {closed}")
+    assert done.returncode == 0 and not done.stderr
+
+
+def test_a_reader_that_has_gone() -> None:
+    done = shell("set -o pipefail; $L report | true; echo ${PIPESTATUS[0]}")
+    assert done.stdout in ("0\n", "1\n") and not done.stderr
+
+
+def test_names_that_the_locale_does_not_have(tmp_path: Path) -> None:
+    store = tmp_path / "caf\u00e9 \u2603"
+    Store.create(store)
+    for locale in {"LC_ALL": "C.UTF-8"}, {"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}:
+        done = shell(f"$L check '{store}'", **locale)
+        assert done.returncode == 0 and "clean" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupted_at_any_moment(number: int, tmp_path: Path) -> None:
+    """Also while the command's modules are still loaded; not while Python itself starts."""
+    for attempt in range(6):
+        running = subprocess.Popen(
+            [LARGEFS, "report", "--watch"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        )
+        _wait_for(lambda pid=running.pid: _in_main(pid))
+        time.sleep(0.06 * attempt)
+        running.send_signal(number)
+        said = running.communicate(timeout=30)[1]
+        assert (running.returncode, said.strip()) in [(130, "largefs: interrupted"), (0, "")]
+
+
+def _in_main(pid: int) -> bool:
+    """Whether it has its handlers; Python alone has none for SIGHUP."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught >> signal.SIGHUP - 1 & 1)
+
+
+def _wait_for(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
