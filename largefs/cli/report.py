@@ -5,8 +5,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class Selection:
 @click.command()
 @click.argument("target", required=False, metavar="[PID|PROGRAM|FILE|MOUNTPOINT]")
 @click.option("--json", "as_json", is_flag=True, help="Write JSON (docs/routes.md has its fields).")
-@click.option("--watch", is_flag=True, help="Repeat every --interval seconds until interrupted.")
+@click.option("--watch", is_flag=True, help="Repeat every --interval seconds, until interrupted.")
 @click.option(
     "--interval",
     type=click.FloatRange(0.1),
@@ -62,22 +62,34 @@ def command(target: str | None, as_json: bool, watch: bool, interval: float) -> 
     something, whether or not anything runs it.
     """
     selection = select(target)
-    if not watch:
-        report = collect(selection)
+    report = collect(selection)
+    ends = selection.kind == "pid"  # what is watched can end
+    if not watch or (ends and not report.processes):
         if as_json:
             click.echo(json.dumps(to_json(selection, report), indent=2))
         else:
             show(render(selection, report))
         sys.exit(0 if report.processes or selection.file else 1)
-    with suppress(KeyboardInterrupt):
-        if as_json:
-            while True:
-                click.echo(json.dumps(to_json(selection, collect(selection))))
-                time.sleep(interval)
-        with Live(screen=sys.stdout.isatty(), auto_refresh=False) as live:
-            while True:
-                live.update(render(selection, collect(selection)), refresh=True)
-                time.sleep(interval)
+    with suppress(KeyboardInterrupt), _place(as_json=as_json) as write:
+        while report.processes or not ends:
+            if as_json:
+                click.echo(json.dumps(to_json(selection, report)))
+            else:
+                write(render(selection, report))
+            time.sleep(interval)
+            report = collect(selection)
+    if ends and not report.processes:
+        click.echo(f"largefs: process {selection.target} has ended", err=True)
+
+
+@contextmanager
+def _place(*, as_json: bool) -> Iterator[Callable[[RenderableType], None]]:
+    """Where the reports of --watch go: each in the place of the last on a terminal, else below it."""
+    if as_json or not sys.stdout.isatty():
+        yield lambda report: show(Group(report, ""))
+        return
+    with Live(screen=True, auto_refresh=False) as live:
+        yield lambda report: live.update(report, refresh=True)
 
 
 def select(target: str | None) -> Selection:

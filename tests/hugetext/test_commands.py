@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from click.testing import CliRunner, Result
 from largefs.cli import doctor, report, warm
 from largefs.hugetext.routes import kernel_version
 from tests.hugetext.support import MIB, make_file, mounted, text_of, warmed
+from tests.mounts import LARGEFS
 
 
 def run(command: click.Command, *arguments: object) -> Result:
@@ -142,18 +144,32 @@ def test_report_of_a_file_whose_alignment_record_is_damaged(disk: Path) -> None:
     assert "what the import noted of it is damaged" in result.output
 
 
-def test_report_watches(mapped: tuple[int, Path]) -> None:
-    code = "from largefs.cli.report import command; command()"
-    arguments = [str(mapped[0]), "--json", "--watch", "--interval", "0.1"]
-    with subprocess.Popen(
-        [sys.executable, "-u", "-c", code, *arguments], stdout=subprocess.PIPE
-    ) as watcher:
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_report_watches_until_the_process_ends(
+    mapped: tuple[int, Path], options: list[str]
+) -> None:
+    """And each report can be read at once, also through a pipe."""
+    pid, path = mapped
+    command = [LARGEFS, "report", str(pid), "--watch", "--interval", "0.1", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watcher:
         try:
-            assert watcher.stdout
-            lines = [json.loads(watcher.stdout.readline()) for _ in range(3)]
+            assert watcher.stdout and watcher.stderr
+            seen = 0
+            while seen < 3:
+                line = watcher.stdout.readline()
+                assert line
+                seen += os.fsencode(path) in line
+            os.kill(pid, signal.SIGKILL)
+            assert watcher.wait(20) == 0
+            assert watcher.stderr.read() == b"largefs: process %d has ended\n" % pid
         finally:
             watcher.kill()
-    assert [line["selection"]["kind"] for line in lines] == ["pid"] * 3
+
+
+def test_report_watches_until_nobody_reads() -> None:
+    command = f"{LARGEFS} report $$ --watch --interval 0.1 | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=20)
+    assert done.stdout.count("\n") == 1 and not done.stderr
 
 
 def test_many_mappings(disk: Path, start: Callable[..., subprocess.Popen[bytes]]) -> None:
