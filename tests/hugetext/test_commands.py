@@ -1,5 +1,6 @@
 """largefs report, warm and doctor as a user meets them."""
 
+import io
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from largefs.cli import doctor, report, warm
 from largefs.hugetext.routes import kernel_version
@@ -142,6 +144,21 @@ def test_report_of_a_file_whose_alignment_record_is_damaged(disk: Path) -> None:
     result = CliRunner().invoke(report.command, [str(path)])
     assert result.exit_code == 2, result.output
     assert "what the import noted of it is damaged" in result.output
+
+
+@pytest.mark.parametrize("columns", [50, 80, 120])
+def test_report_fits_a_terminal(
+    mapped: tuple[int, Path], columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the terminal, all numbers and the whole path are there."""
+    monkeypatch.setattr(report, "width", lambda: columns)
+    selection = report.select(str(mapped[0]))
+    console = Console(width=columns, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(report.render(selection, report.collect(selection)))
+    shown = captured.get()
+    assert all(title in shown for title in (*report.NUMBERS, "MAPPING"))
+    assert str(mapped[1]) in "".join(line.strip() for line in shown.splitlines())
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
