@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import click
@@ -13,6 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from largefs.bench import runner, workloads
+from largefs.cli.arguments import json_option
+from largefs.cli.errors import die
+
+CANNOT_RUN = 2
+"""Exit code, as of wrong arguments."""
 
 
 @click.command()
@@ -50,7 +54,7 @@ from largefs.bench import runner, workloads
     type=click.Choice(tuple(workloads.WORKLOADS)),
     help="Only this workload. Can be repeated.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@json_option
 def command(
     directories: tuple[Path, ...],
     rounds: int,
@@ -88,11 +92,9 @@ def command(
 
             result = runner.run(list(directories), settings, rounds, names, progress)
     except (runner.CannotRunError, OSError) as error:
-        print(f"largefs bench: {error}", file=sys.stderr)
-        sys.exit(2)
+        die(str(error), CANNOT_RUN)
     except KeyboardInterrupt:
-        print("largefs bench: interrupted; its files are removed", file=sys.stderr)
-        sys.exit(2)
+        die("interrupted; its files are removed", CANNOT_RUN)
     if as_json:
         print(json.dumps(result.as_dict(), indent=2))
     else:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from largefs.cli.arguments import PATH, json_option
 from largefs.cli.errors import die, show
 from largefs.cli.output import size
 from largefs.cli.progress import line
@@ -19,10 +20,10 @@ CORRECTED, LEFT, OPERATIONAL, CANCELLED = 1, 4, 8, 32
 
 
 @click.command("check")
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=PATH)
 @click.option("--data", is_flag=True, help="Also read all data and compare it with its checksums.")
 @click.option("--repair", is_flag=True, help="Mend what can be mended with nothing lost.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option
 def command(store: Path, data: bool, repair: bool, as_json: bool) -> None:
     """Look for damage in STORE, which must not be mounted. Without --repair nothing is changed.
 

@@ -20,6 +20,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
+from largefs.cli.arguments import json_option
 from largefs.cli.output import show, size
 from largefs.hugetext import routes
 from largefs.hugetext.mappings import PMD
@@ -42,7 +43,7 @@ class Finding:
 
 @click.command()
 @click.argument("store", required=False, type=click.Path(path_type=str))
-@click.option("--json", "as_json", is_flag=True, help="Write JSON.")
+@json_option
 def command(store: str | None, as_json: bool) -> None:
     """Explain which route to 2 MiB pages this machine has, why, and what would give a better one.
 

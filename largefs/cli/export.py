@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from largefs.cli.arguments import PATH
 from largefs.cli.errors import die, explained, show
 from largefs.cli.output import size
 from largefs.cli.progress import line
@@ -16,7 +17,7 @@ from largefs.transfer.exporter import Exporter, copy_original
 
 @click.command("export")
 @click.argument("source", metavar="STORE[:PATH]")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=PATH)
 @click.option(
     "--original",
     is_flag=True,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from largefs.cli.arguments import PATH, json_option
 from largefs.cli.errors import die, explained, show
 from largefs.cli.output import size
 from largefs.cli.progress import line
@@ -18,8 +19,8 @@ from largefs.transfer.importer import Importer, Tally
 
 
 @click.command("import")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=PATH)
+@click.argument("store", type=PATH)
 @click.option("--to", default="/", metavar="PATH", help="Directory in the store; made if missing.")
 @click.option(
     "--align",
@@ -29,7 +30,7 @@ from largefs.transfer.importer import Importer, Tally
     help="What may change in programs so that their text becomes eligible: "
     "offsets and headers, headers only, nothing.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option
 def command(directory: Path, store: Path, to: str, align: str, as_json: bool) -> None:
     """Import what DIR holds into STORE, with all its metadata; the store must not be mounted.
 

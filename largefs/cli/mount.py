@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from largefs.cli.arguments import PATH
 from largefs.cli.errors import die
 from largefs.store import Store, StoreError
 
@@ -25,8 +26,8 @@ LOG_SIZE = 1 << 20
 
 
 @click.command("mount")
-@click.argument("store", type=click.Path(path_type=Path))
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("store", type=PATH)
+@click.argument("mountpoint", type=PATH)
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground; log to stderr.")
 @click.option("-o", "options", multiple=True, metavar="OPTIONS", help="Mount options, by commas.")
 @click.option("-s", "--sloppy", is_flag=True, help="Pass over unknown mount options.")

@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from largefs.cli.arguments import Seconds, json_option
 from largefs.cli.output import show, size, width
 from largefs.hugetext import coverage, file_report, mappings
 from largefs.hugetext.coverage import Process, Report, Text
@@ -42,14 +43,13 @@ class Selection:
 
 @click.command()
 @click.argument("target", required=False, metavar="[PID|PROGRAM|FILE|MOUNTPOINT]")
-@click.option("--json", "as_json", is_flag=True, help="Write JSON (docs/routes.md has its fields).")
+@json_option
 @click.option("--watch", is_flag=True, help="Repeat every --interval seconds, until interrupted.")
 @click.option(
     "--interval",
-    type=click.FloatRange(0.1),
+    type=Seconds(0.1),
     default=2.0,
     show_default=True,
-    metavar="SECONDS",
     help="Time between two reports of --watch.",
 )
 def command(target: str | None, as_json: bool, watch: bool, interval: float) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from largefs.cli.arguments import PATH
 from largefs.cli.errors import FAILED, die
 from largefs.hugetext import mappings
 from largefs.store import owner
@@ -16,7 +17,7 @@ PATIENCE = 60
 
 
 @click.command("umount")
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=PATH)
 @click.option("-l", "--lazy", is_flag=True, help="Detach now, end when nobody uses it any more.")
 def command(mountpoint: Path, lazy: bool) -> None:
     """Unmount MOUNTPOINT and wait until its store is closed and can be used again."""

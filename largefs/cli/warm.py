@@ -40,7 +40,7 @@ def command(paths: tuple[str, ...]) -> None:
                 done += _warm(path)
             except OSError as e:
                 failed += 1
-                click.echo(f"largefs warm: {path}: {e.strerror}", err=True)
+                click.echo(f"largefs: {path}: {e.strerror}", err=True)
             progress.advance(task, size)
     mib = 1 << 20
     click.echo(
@@ -49,7 +49,7 @@ def command(paths: tuple[str, ...]) -> None:
     )
     if done.in_pmd < done.wanted:
         click.echo(
-            "largefs warm: the rest is mapped by running programs (stop them first), or the"
+            "largefs: the rest is mapped by running programs (stop them first), or the"
             " filesystem has no large folios, or free memory is fragmented: see largefs doctor",
             err=True,
         )

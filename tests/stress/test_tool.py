@@ -371,6 +371,23 @@ def test_bad_replay_file(tool, tmp_path, content, message):
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--ops", "5", "--mode", "race"),
+        ("--ops", "5", "--mode", "programs"),
+        ("--mode", "race", "--skip", "race"),
+        ("--mode", "programs", "--race", "0"),
+        ("--seconds", "0"),
+        ("--seconds", "nan"),
+        ("--race", "nan"),
+    ],
+)
+def test_what_would_never_end_or_do_nothing(tool, tmp_path, options):
+    done = subprocess.run([*tool, tmp_path, *options], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
 def test_missing_directory(tool, tmp_path):
     done = subprocess.run([*tool, tmp_path / "nowhere"], capture_output=True, text=True)
     assert done.returncode == 2 and "No such file" in done.stderr and done.stderr.count("\n") == 1

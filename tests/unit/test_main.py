@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,3 +81,29 @@ def _wait_for(what: Callable[[], bool]) -> None:
     while not what():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+@pytest.mark.parametrize("command", ["mkfs ''", "import . ''", "stress ''"])
+def test_an_empty_name_is_not_the_current_directory(command: str, tmp_path: Path) -> None:
+    done = shell(f"cd '{tmp_path}' && $L {command}")
+    assert done.returncode == 2 and "the name is empty" in done.stderr
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_a_store_that_may_not_be_read(tmp_path: Path) -> None:
+    Store.create(tmp_path / "store")
+    (tmp_path / "store").chmod(0)
+    program = (
+        "import os, sys; from largefs.cli.commands import cli; import largefs.cli.check; "
+        "os.setresuid(65534, 65534, 65534); "
+        "cli.main(sys.argv[1:], standalone_mode=False)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "check", "store"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 8, done.stderr
+    assert done.stderr.endswith("Permission denied\n") and done.stderr.count("\n") == 1
