@@ -118,7 +118,9 @@ def _routes(store: str | None, able: bool) -> tuple[list[Finding], routes.Route]
         probe = routes.probe(place)
     except OSError as e:
         what = f"cannot try the routes in {place}: {e.strerror}"
-        do = "give a directory you may write to, on a disk with space, or run as root"
+        do = "give a directory you may write to, or run as root"
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            do = f"make room: {size(PMD * 2)} for a trial file"
         return [Finding("warn", "route", what, do)], routes.Route.NONE
     findings = []
     for offer in probe.offers:

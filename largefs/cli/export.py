@@ -36,6 +36,8 @@ def command(source: str, directory: Path, original: bool) -> None:
             _export_original(Path(source), directory)
         return
     store, path = _split(source)
+    if directory.resolve().is_relative_to(store.resolve()):
+        die(f"{directory}: belongs to the store itself; name a directory outside of it")
     with explained(), Store.open(store.absolute(), "export") as opened, line() as moving:
         exporter = Exporter(
             opened, lambda t: moving(lambda: f"{t.entries} names, {size(t.copied)}")
@@ -47,6 +49,11 @@ def command(source: str, directory: Path, original: bool) -> None:
                 die(f"{directory}: not empty; name a directory that is empty or missing")
             if e.errno == errno.ENOENT and e.filename is None:
                 die(f"{store}: holds no {path}")
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                die(
+                    f"{directory}: {e.strerror} after {exporter.tally.entries} names: "
+                    "make room, remove what is there, and run the same export again"
+                )
             raise
     for name, reason in tally.failed:
         print(f"largefs: {show(name)}: {reason}", file=sys.stderr)

@@ -16,6 +16,7 @@ that the system call has by its man page; a store that cannot be used, as StoreE
 import contextlib
 import errno
 import os
+import shutil
 import stat
 import time
 import uuid
@@ -169,6 +170,10 @@ class Store:
                 os.getegid() if gid is None else gid,
             )
         except (OSError, apsw.Error) as e:
+            if not isinstance(e, FileExistsError):  # another mkfs was here first
+                for made in path.glob("meta.db*"):
+                    made.unlink()
+                shutil.rmtree(path / "extents", ignore_errors=True)
             raise StoreError(f"{path}: cannot make a store here: {_reason(e)}") from e
 
     @classmethod

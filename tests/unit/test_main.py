@@ -1,5 +1,6 @@
 """The command as such: whatever is done to it, it says one line at most, and ends as it should."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from largefs.store import Store
+from largefs.store import Store, StoreError
+from largefs.store import store as store_module
 from tests.mounts import LARGEFS
 
 
@@ -107,3 +109,22 @@ def test_a_store_that_may_not_be_read(tmp_path: Path) -> None:
     )
     assert done.returncode == 8, done.stderr
     assert done.stderr.endswith("Permission denied\n") and done.stderr.count("\n") == 1
+
+
+def test_nothing_is_exported_into_the_store(tmp_path: Path) -> None:
+    Store.create(tmp_path / "store")
+    done = shell(f"cd '{tmp_path}' && $L export store store/extents/x")
+    assert done.returncode == 1 and "belongs to the store itself" in done.stderr
+    assert not (tmp_path / "store/extents/x").exists()
+
+
+def test_a_store_that_could_not_be_made_can_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(StoreError, match="No space"):
+        patched.setattr(store_module, "_create_metadata", full)
+        Store.create(tmp_path / "store")
+    Store.create(tmp_path / "store")
