@@ -19,7 +19,7 @@ CANNOT_RUN = 2
 """Exit code, as of wrong arguments."""
 
 
-@click.command()
+@click.command(short_help="Measure filesystems side by side.")
 @click.argument(
     "directories",
     metavar="DIR...",

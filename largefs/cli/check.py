@@ -18,7 +18,7 @@ CORRECTED, LEFT, OPERATIONAL, CANCELLED = 1, 4, 8, 32
 """Exit codes of fsck(8), with 16 for wrong usage; the first two may come together."""
 
 
-@click.command("check")
+@click.command("check", short_help="Look for damage in a store, and repair it.")
 @click.argument("store", type=PATH)
 @click.option("--data", is_flag=True, help="Also read all data and compare it with its checksums.")
 @click.option("--repair", is_flag=True, help="Mend what can be mended with nothing lost.")

@@ -41,7 +41,7 @@ class Finding:
     do: str = ""  # empty if there is nothing to do
 
 
-@click.command()
+@click.command(short_help="Which route to 2 MiB pages this machine has.")
 @click.argument("store", required=False, type=click.Path(path_type=str))
 @json_option
 def command(store: str | None, as_json: bool) -> None:
@@ -50,7 +50,7 @@ def command(store: str | None, as_json: bool) -> None:
     Tries things out: a 4 MiB file in STORE, removed at once, and a FUSE connection that nobody else
     sees. Without STORE, the directory for temporary files stands for it.
 
-    Exit status: 0 if all is fine, 1 if largefs works with losses, 2 if it cannot mount.
+    Exit code: 0 if all is fine, 1 if largefs works with losses, 2 if it cannot mount.
     """
     if store is not None and not os.path.isdir(store):
         raise click.UsageError(

@@ -15,7 +15,7 @@ from largefs.store import Store
 from largefs.transfer.exporter import Exporter, copy_original
 
 
-@click.command("export")
+@click.command("export", short_help="Write what a store holds as a directory tree.")
 @click.argument("source", metavar="STORE[:PATH]")
 @click.argument("directory", metavar="DIR", type=PATH)
 @click.option(

@@ -18,7 +18,7 @@ from largefs.store import Store
 from largefs.transfer.importer import Importer, Tally
 
 
-@click.command("import")
+@click.command("import", short_help="Bring a directory tree into a store.")
 @click.argument("directory", metavar="DIR", type=PATH)
 @click.argument("store", type=PATH)
 @click.option("--to", default="/", metavar="PATH", help="Directory in the store; made if missing.")

@@ -9,7 +9,7 @@ from largefs.cli.errors import explained
 from largefs.store import Store
 
 
-@click.command("mkfs")
+@click.command("mkfs", short_help="Make an empty store.")
 @click.argument("store", type=PATH)
 def command(store: Path) -> None:
     """Make an empty filesystem in the directory STORE, which must be empty or missing.

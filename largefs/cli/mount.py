@@ -25,7 +25,7 @@ LOG_SIZE = 1 << 20
 """Bytes of STORE/log before it is moved to STORE/log.1, which goes the time after."""
 
 
-@click.command("mount")
+@click.command("mount", short_help="Mount a store.")
 @click.argument("store", type=PATH)
 @click.argument("mountpoint", type=PATH)
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground; log to stderr.")

@@ -41,7 +41,7 @@ class Selection:
     """The program or library itself, where it was named by its path."""
 
 
-@click.command()
+@click.command(short_help="How much text is on 2 MiB pages, and why not more.")
 @click.argument("target", required=False, metavar="[PID|PROGRAM|FILE|MOUNTPOINT]")
 @json_option
 @click.option("--watch", is_flag=True, help="Repeat every --interval seconds, until interrupted.")
@@ -61,7 +61,7 @@ def command(target: str | None, as_json: bool, watch: bool, interval: float) -> 
     that have mapped files of the filesystem mounted there. Without any of these, all programs of
     the machine are shown. Other users' processes can be read by root only.
 
-    Exit status: 0 if something was found, 1 if nothing was, 2 for a wrong argument. A file is
+    Exit code: 0 if something was found, 1 if nothing was, 2 for a wrong argument. A file is
     something, whether or not anything runs it.
     """
     selection = select(target)

@@ -22,7 +22,7 @@ CANNOT_RUN = 2
 _SHOWN = 30  # operations of a replay that are also printed
 
 
-@click.command()
+@click.command(short_help="Torture truncate, mmap and huge pages.")
 @click.argument("directory", metavar="DIR", type=PATH)
 @click.option("--seed", type=int, help="Seed of the operations; without it, a new one each time.")
 @click.option(

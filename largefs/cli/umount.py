@@ -16,7 +16,7 @@ PATIENCE = 60
 """Seconds that the daemon gets to settle and commit after the mount is gone."""
 
 
-@click.command("umount")
+@click.command("umount", short_help="Unmount, and wait until the store is closed.")
 @click.argument("mountpoint", type=PATH)
 @click.option("-l", "--lazy", is_flag=True, help="Detach now, end when nobody uses it any more.")
 def command(mountpoint: Path, lazy: bool) -> None:

@@ -16,7 +16,7 @@ from largefs.hugetext.mappings import PMD
 from largefs.hugetext.warm import Warmed, warm_file
 
 
-@click.command()
+@click.command(short_help="Read files into the page cache in 2 MiB folios.")
 @click.argument(
     "paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(exists=True, path_type=str)
 )
@@ -29,7 +29,7 @@ def command(paths: tuple[str, ...]) -> None:
     shorter than 2 MiB have nothing to warm. The filesystem must have large
     folios: see largefs doctor. A mounted largefs does this by itself.
 
-    Exit status: 0 if all is in 2 MiB folios, 1 if some is not, 2 for a wrong argument.
+    Exit code: 0 if all is in 2 MiB folios, 1 if some is not, 2 for a wrong argument.
     """
     files = {path: size for root in paths for path, size in _files(root) if size >= PMD}
     done, failed = Warmed(), 0

@@ -34,6 +34,11 @@ def test_output_that_cannot_be_written(command: str) -> None:
     assert done.stderr == "largefs: output: No space left on device\n"
 
 
+def test_the_list_of_commands_is_whole() -> None:
+    done = shell("$L --help", COLUMNS="80")
+    assert done.returncode == 0 and "..." not in done.stdout.partition("Commands:")[2]
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams(closed: str) -> None:
     done = shell(f"$L report $$ {closed}")
