@@ -115,8 +115,8 @@ def _print(result: runner.Result, rounds: int) -> None:
             row.append(_number(result.median(name, index)))
             if index:
                 ratios = result.ratios(name, index)
-                spread = f" ({min(ratios):.2f}-{max(ratios):.2f})" if rounds > 1 else ""
-                row.append(f"{statistics.median(ratios):.2f}{spread}")
+                spread = f" ({_ratio(min(ratios))}-{_ratio(max(ratios))})" if rounds > 1 else ""
+                row.append(f"{_ratio(statistics.median(ratios))}{spread}")
         table.add_row(*row)
     console = Console(highlight=False)
     if not console.is_terminal:  # no line of a report in a file is folded
@@ -133,3 +133,7 @@ def _print(result: runner.Result, rounds: int) -> None:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"

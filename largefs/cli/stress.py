@@ -173,8 +173,8 @@ def _print(result: runner.Result, directory: Path) -> None:
     if result.busy_seconds:
         rate = result.operations / result.busy_seconds
         print(
-            f"{result.operations:,} operations in {result.seconds:.1f} s ({rate:,.0f} a second), "
-            f"{result.tally.bytes_compared / 1e9:.1f} GB compared"
+            f"{result.operations:,} operations in {result.seconds:.1f} s "
+            f"({rate:,.0f} a second, races left out), {result.tally.bytes_compared / 1e9:.1f} GB compared"
         )
     else:
         print(f"races for {result.seconds:.1f} s")

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from largefs.cli.arguments import PATH
-from largefs.cli.errors import FAILED, die
+from largefs.cli.errors import die
 from largefs.hugetext import mappings
 from largefs.store import owner
 
@@ -32,7 +32,9 @@ def command(mountpoint: Path, lazy: bool) -> None:
     options = (["-l"] if os.geteuid() == 0 else ["-z"]) if lazy else []
     done = subprocess.run([*tool, *options, str(mountpoint)], capture_output=True, text=True)
     if done.returncode:
-        die(done.stderr.strip().splitlines()[-1] if done.stderr else f"{mountpoint}: busy", FAILED)
+        said = done.stderr.strip().splitlines() or [f"{mountpoint}: busy"]
+        hint = f" (fuser -vm {mountpoint} tells by whom)" if "busy" in said[-1] else ""
+        die(said[-1].rstrip(".") + hint)
     if daemon >= 0 and not lazy and not select.select([daemon], [], [], PATIENCE)[0]:
         die(
             f"{store}: the daemon still writes after {PATIENCE} s; wait for it before using the store"

@@ -906,7 +906,9 @@ def read_format(meta: Path) -> None:
             raise FileNotFoundError
         with meta.open("rb") as f:
             header = f.read(100)
-    except (FileNotFoundError, NotADirectoryError):
+    except NotADirectoryError:
+        raise NotAStoreError(f"{store}: not a directory, so no largefs store") from None
+    except FileNotFoundError:
         raise NotAStoreError(
             f"{store}: no largefs store (make one: largefs mkfs {store})"
         ) from None

@@ -54,6 +54,7 @@ class Exporter:
             self._finish(row, target, path)
         else:
             self._export(row, target + b"/" + name, path)
+            self.tally.entries += 1
         return self.tally
 
     def _find(self, path: bytes) -> tuple[Inode, bytes]:

@@ -133,3 +133,12 @@ def test_a_store_that_could_not_be_made_can_be_tried_again(
         patched.setattr(store_module, "_create_metadata", full)
         Store.create(tmp_path / "store")
     Store.create(tmp_path / "store")
+
+
+def test_a_file_is_no_store_and_comes_alone(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/file").write_text("text")
+    done = shell(f"cd '{tmp_path}' && $L check in/file")
+    assert done.returncode == 8 and "not a directory" in done.stderr and "mkfs" not in done.stderr
+    done = shell(f"cd '{tmp_path}' && $L mkfs s && $L import in s && $L export s:/file out")
+    assert done.returncode == 0 and "1 names, 4 B exported" in done.stdout
