@@ -1,5 +1,1 @@
 """largefs: a FUSE filesystem that lets Linux map executable text with 2 MiB pages."""
-
-from importlib.metadata import version
-
-__version__ = version("largefs")

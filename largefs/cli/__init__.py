@@ -1,66 +1,54 @@
-"""The commands, one module each. Imports the rest; nothing imports it."""
+"""The commands, one module each. Imports the rest; nothing imports it.
 
-import importlib
+Little is imported before `main` runs, so that no interrupt comes too early to be explained.
+"""
+
+import os
+import signal
 import sys
-from typing import Any
+from types import FrameType
+from typing import NoReturn
 
-import click
-
-from largefs import __version__
-
-COMMANDS = {
-    "mkfs": "mkfs",
-    "import": "import_",
-    "export": "export",
-    "mount": "mount",
-    "umount": "umount",
-    "report": "report",
-    "warm": "warm",
-    "doctor": "doctor",
-    "check": "check",
-    "stress": "stress",
-    "bench": "bench",
-}
-"""Each command, and the module that has it as `command`; loaded when it is needed."""
-
-USAGE = {"mount": 1, "check": 16}
-"""Exit codes for wrong arguments, where those of mount(8) and fsck(8) apply; 2 for all others."""
+INTERRUPTED = 130
+"""Exit code of an interrupted command, unless its help says otherwise."""
 
 
-class Commands(click.Group):
-    """The group: commands in the order above, each loaded by itself."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """All of them."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """One of them, or None."""
-        if cmd_name not in COMMANDS:
-            return None
-        module: Any = importlib.import_module(f"largefs.cli.{COMMANDS[cmd_name]}")
-        command: click.Command = module.command
-        return command
-
-
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="largefs")
-def cli() -> None:
-    """largefs keeps files so that Linux maps their executable text with 2 MiB pages."""
-
-
-def main() -> None:
-    """The entry point of the command `largefs`. A wrong argument is one line, and exit code 2."""
+def main() -> NoReturn:
+    """The entry point of the command `largefs`. What goes wrong is one line and an exit code."""
     try:
-        sys.exit(cli.main(standalone_mode=False))
-    except click.exceptions.NoArgsIsHelpError as e:
-        e.show()
-        sys.exit(e.exit_code)
-    except click.ClickException as e:
-        context = getattr(e, "ctx", None)
-        command = context.command_path if context else "largefs"
-        print(f"largefs: {e.format_message().rstrip('.')} (see {command} --help)", file=sys.stderr)
-        sys.exit(USAGE.get(context.info_name or "", e.exit_code) if context else e.exit_code)
-    except click.Abort:
+        _prepare_streams()
+        for number in signal.SIGTERM, signal.SIGHUP:
+            if signal.getsignal(number) is signal.SIG_DFL:  # nohup(1) has SIGHUP ignored
+                signal.signal(number, _interrupt)
+        from largefs.cli.commands import run
+
+        code = run()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
         print("largefs: interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = INTERRUPTED
+    except OSError as e:
+        # What is still buffered would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(e, BrokenPipeError):  # as head(1) leaves behind
+            print(f"largefs: {e.filename or 'output'}: {e.strerror}", file=sys.stderr)
+        code = 1
+    sys.exit(code)
+
+
+def _prepare_streams() -> None:
+    """Let nothing that is printed fail for its characters, or for a stream that the caller closed."""
+    for name in "stdin", "stdout", "stderr":  # in this order each gets its own descriptor
+        if getattr(sys, name) is None:
+            null = open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115
+            os.set_inheritable(null.fileno(), True)
+            setattr(sys, name, null)
+    for stream in sys.stdout, sys.stderr:
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """End as for Ctrl-C; a second signal, as a closing terminal sends, does not disturb that."""
+    for each in signal.SIGTERM, signal.SIGHUP:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt

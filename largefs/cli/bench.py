@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
 import statistics
-import sys
 from pathlib import Path
 
 import click
@@ -14,9 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from largefs.bench import runner, workloads
+from largefs.cli.arguments import json_option
+from largefs.cli.errors import die
+
+CANNOT_RUN = 2
+"""Exit code, as of wrong arguments."""
 
 
-@click.command()
+@click.command(short_help="Measure filesystems side by side.")
 @click.argument(
     "directories",
     metavar="DIR...",
@@ -51,7 +54,7 @@ from largefs.bench import runner, workloads
     type=click.Choice(tuple(workloads.WORKLOADS)),
     help="Only this workload. Can be repeated.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@json_option
 def command(
     directories: tuple[Path, ...],
     rounds: int,
@@ -67,7 +70,6 @@ def command(
 
     Exit code: 0 when everything was measured, 2 when not.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as for an interrupt
     names = list(only) or list(workloads.WORKLOADS)
     console = Console(stderr=True)
     try:
@@ -90,11 +92,9 @@ def command(
 
             result = runner.run(list(directories), settings, rounds, names, progress)
     except (runner.CannotRunError, OSError) as error:
-        print(f"largefs bench: {error}", file=sys.stderr)
-        sys.exit(2)
+        die(str(error), CANNOT_RUN)
     except KeyboardInterrupt:
-        print("largefs bench: interrupted; its files are removed", file=sys.stderr)
-        sys.exit(2)
+        die("interrupted; its files are removed", CANNOT_RUN)
     if as_json:
         print(json.dumps(result.as_dict(), indent=2))
     else:
@@ -115,8 +115,8 @@ def _print(result: runner.Result, rounds: int) -> None:
             row.append(_number(result.median(name, index)))
             if index:
                 ratios = result.ratios(name, index)
-                spread = f" ({min(ratios):.2f}-{max(ratios):.2f})" if rounds > 1 else ""
-                row.append(f"{statistics.median(ratios):.2f}{spread}")
+                spread = f" ({_ratio(min(ratios))}-{_ratio(max(ratios))})" if rounds > 1 else ""
+                row.append(f"{_ratio(statistics.median(ratios))}{spread}")
         table.add_row(*row)
     console = Console(highlight=False)
     if not console.is_terminal:  # no line of a report in a file is folded
@@ -133,3 +133,7 @@ def _print(result: runner.Result, rounds: int) -> None:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"

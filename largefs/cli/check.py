@@ -8,21 +8,21 @@ from typing import Any
 
 import click
 
-from largefs.cli.errors import die, show
+from largefs.cli.arguments import PATH, json_option
+from largefs.cli.errors import explained, show
 from largefs.cli.output import size
 from largefs.cli.progress import line
-from largefs.store import StoreError
 from largefs.store.check import Problem, Report, check
 
 CORRECTED, LEFT, OPERATIONAL, CANCELLED = 1, 4, 8, 32
 """Exit codes of fsck(8), with 16 for wrong usage; the first two may come together."""
 
 
-@click.command("check")
-@click.argument("store", type=click.Path(path_type=Path))
+@click.command("check", short_help="Look for damage in a store, and repair it.")
+@click.argument("store", type=PATH)
 @click.option("--data", is_flag=True, help="Also read all data and compare it with its checksums.")
 @click.option("--repair", is_flag=True, help="Mend what can be mended with nothing lost.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option
 def command(store: Path, data: bool, repair: bool, as_json: bool) -> None:
     """Look for damage in STORE, which must not be mounted. Without --repair nothing is changed.
 
@@ -36,19 +36,15 @@ def command(store: Path, data: bool, repair: bool, as_json: bool) -> None:
     not be checked (in use, no store); 16 wrong usage; 32 interrupted.
     """
     start = time.monotonic()
-    with line() as moving:
+    interrupted = "interrupted; nothing that was not finished has been changed"
+    with explained(OPERATIONAL, (interrupted, CANCELLED)), line() as moving:
 
         def progress(done: int, total: int) -> None:
             rate = done / max(time.monotonic() - start, 0.001)
             percent = 100 * done // max(total, 1)
             moving(lambda: f"{percent} % of {size(total)}, {size(rate)}/s")
 
-        try:
-            report = check(store.absolute(), data=data, repair=repair, progress=progress)
-        except (StoreError, OSError) as e:
-            die(str(e), OPERATIONAL)
-        except KeyboardInterrupt:
-            die("interrupted; nothing that was not finished has been changed", CANCELLED)
+        report = check(store.absolute(), data=data, repair=repair, progress=progress)
     if as_json:
         print(json.dumps(_as_json(store, report), indent=2))
     else:

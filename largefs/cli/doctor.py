@@ -20,6 +20,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
+from largefs.cli.arguments import json_option
 from largefs.cli.output import show, size
 from largefs.hugetext import routes
 from largefs.hugetext.mappings import PMD
@@ -40,16 +41,16 @@ class Finding:
     do: str = ""  # empty if there is nothing to do
 
 
-@click.command()
+@click.command(short_help="Which route to 2 MiB pages this machine has.")
 @click.argument("store", required=False, type=click.Path(path_type=str))
-@click.option("--json", "as_json", is_flag=True, help="Write JSON.")
+@json_option
 def command(store: str | None, as_json: bool) -> None:
     """Explain which route to 2 MiB pages this machine has, why, and what would give a better one.
 
     Tries things out: a 4 MiB file in STORE, removed at once, and a FUSE connection that nobody else
     sees. Without STORE, the directory for temporary files stands for it.
 
-    Exit status: 0 if all is fine, 1 if largefs works with losses, 2 if it cannot mount.
+    Exit code: 0 if all is fine, 1 if largefs works with losses, 2 if it cannot mount.
     """
     if store is not None and not os.path.isdir(store):
         raise click.UsageError(
@@ -117,7 +118,9 @@ def _routes(store: str | None, able: bool) -> tuple[list[Finding], routes.Route]
         probe = routes.probe(place)
     except OSError as e:
         what = f"cannot try the routes in {place}: {e.strerror}"
-        do = "give a directory you may write to, on a disk with space, or run as root"
+        do = "give a directory you may write to, or run as root"
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            do = f"make room: {size(PMD * 2)} for a trial file"
         return [Finding("warn", "route", what, do)], routes.Route.NONE
     findings = []
     for offer in probe.offers:

@@ -19,8 +19,13 @@ def die(message: str, code: int = FAILED) -> NoReturn:
 
 
 @contextlib.contextmanager
-def explained(code: int = FAILED) -> Iterator[None]:
-    """Turn what can be wrong with a store, a file or a disk into one line and an exit code."""
+def explained(
+    code: int = FAILED, interrupted: tuple[str, int] = ("interrupted", 130)
+) -> Iterator[None]:
+    """Turn what can be wrong with a store, a file or a disk into one line and an exit code.
+
+    `interrupted` is the line and the code for an interrupt.
+    """
     try:
         yield
     except StoreError as e:
@@ -31,7 +36,7 @@ def explained(code: int = FAILED) -> Iterator[None]:
         name = os.fsdecode(e.filename) if isinstance(e.filename, bytes) else e.filename
         die(f"{name}: {e.strerror}", code)
     except KeyboardInterrupt:
-        die("interrupted", 130)
+        die(*interrupted)
 
 
 def show(path: bytes) -> str:

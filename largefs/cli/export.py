@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from largefs.cli.arguments import PATH
 from largefs.cli.errors import die, explained, show
 from largefs.cli.output import size
 from largefs.cli.progress import line
@@ -14,9 +15,9 @@ from largefs.store import Store
 from largefs.transfer.exporter import Exporter, export_original
 
 
-@click.command("export")
+@click.command("export", short_help="Write what a store holds as a directory tree.")
 @click.argument("source", metavar="STORE[:PATH]")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=PATH)
 @click.option(
     "--original",
     is_flag=True,
@@ -35,6 +36,8 @@ def command(source: str, directory: Path, original: bool) -> None:
             _export_original(Path(source), directory)
         return
     store, path = _split(source)
+    if directory.resolve().is_relative_to(store.resolve()):
+        die(f"{directory}: belongs to the store itself; name a directory outside of it")
     with explained(), Store.open(store.absolute(), "export") as opened, line() as moving:
         exporter = Exporter(
             opened, lambda t: moving(lambda: f"{t.entries} names, {size(t.copied)}")
@@ -46,6 +49,11 @@ def command(source: str, directory: Path, original: bool) -> None:
                 die(f"{directory}: not empty; name a directory that is empty or missing")
             if e.errno == errno.ENOENT and e.filename is None:
                 die(f"{store}: holds no {path}")
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                die(
+                    f"{directory}: {e.strerror} after {exporter.tally.entries} names: "
+                    "make room, remove what is there, and run the same export again"
+                )
             raise
     for name, reason in tally.failed:
         print(f"largefs: {show(name)}: {reason}", file=sys.stderr)

@@ -13,6 +13,7 @@ from types import FrameType
 
 import click
 
+from largefs.cli.arguments import PATH, json_option
 from largefs.cli.errors import die, explained, show
 from largefs.cli.output import size
 from largefs.cli.progress import line
@@ -21,9 +22,9 @@ from largefs.store import Store
 from largefs.transfer.importer import Importer, Tally
 
 
-@click.command("import")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-@click.argument("store", type=click.Path(path_type=Path))
+@click.command("import", short_help="Bring a directory tree into a store.")
+@click.argument("directory", metavar="DIR", type=PATH)
+@click.argument("store", type=PATH)
 @click.option("--to", default="/", metavar="PATH", help="Directory in the store; made if missing.")
 @click.option(
     "--align",
@@ -33,7 +34,7 @@ from largefs.transfer.importer import Importer, Tally
     help="What may change in programs so that their text becomes eligible: "
     "offsets and headers, headers only, nothing.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option
 def command(directory: Path, store: Path, to: str, align: str, as_json: bool) -> None:
     """Import what DIR holds into STORE, with all its metadata; the store must not be mounted.
 

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import click
 
+from largefs.cli.arguments import PATH
 from largefs.cli.errors import explained
 from largefs.store import Store
 
 
-@click.command("mkfs")
-@click.argument("store", type=click.Path(path_type=Path))
+@click.command("mkfs", short_help="Make an empty store.")
+@click.argument("store", type=PATH)
 def command(store: Path) -> None:
     """Make an empty filesystem in the directory STORE, which must be empty or missing.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from largefs.cli.arguments import PATH
 from largefs.cli.errors import die
 from largefs.store import Store, StoreError
 from largefs.store.store import read_format
@@ -25,9 +26,9 @@ LOG_SIZE = 1 << 20
 """Bytes of STORE/log before it is moved to STORE/log.1, which goes the time after."""
 
 
-@click.command("mount")
-@click.argument("store", type=click.Path(path_type=Path, readable=False))
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.command("mount", short_help="Mount a store.")
+@click.argument("store", type=PATH)
+@click.argument("mountpoint", type=PATH)
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground; log to stderr.")
 @click.option("-o", "options", multiple=True, metavar="OPTIONS", help="Mount options, by commas.")
 @click.option("-s", "--sloppy", is_flag=True, help="Pass over unknown mount options.")
@@ -48,7 +49,6 @@ def command(
     """
     from largefs.filesystem.options import OptionError, parse
 
-    _reopen_closed()
     store, mountpoint = store.absolute(), mountpoint.absolute()
     try:
         parsed = parse(",".join(options), sloppy=sloppy)
@@ -107,14 +107,6 @@ def _check(store: Path, mountpoint: Path) -> None:
         read_format(store / "meta.db")
     except (MountError, StoreError) as e:
         die(str(e), FAILURE)
-
-
-def _reopen_closed() -> None:
-    """Open descriptors 0 to 2 where the caller closed them: no file of ours may get these numbers."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(fd, True)
-    os.close(fd)
-    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def _remount(store: Path, mountpoint: Path, options: "Options") -> int:

@@ -16,13 +16,21 @@ def size(amount: float) -> str:
     return f"{amount:.1f} TiB"
 
 
+WIDE = 1 << 16
+"""Columns where there is no terminal: no path is ever folded, for the reader is grep(1)."""
+
+
+def width() -> int:
+    """Columns that `show` has."""
+    return Console().width if sys.stdout.isatty() else WIDE
+
+
 def show(renderable: RenderableType) -> None:
     """Print to standard output."""
     if sys.stdout.isatty():
         Console().print(renderable)
         return
-    # Wide enough that no path is ever folded: the reader is grep(1).
-    console = Console(width=1 << 16, file=io.StringIO(), color_system=None)
+    console = Console(width=WIDE, file=io.StringIO(), color_system=None)
     with console.capture() as captured:
         console.print(renderable)
     for line in captured.get().splitlines():

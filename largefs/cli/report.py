@@ -5,8 +5,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,13 +16,17 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from largefs.cli.output import show, size
+from largefs.cli.arguments import Seconds, json_option
+from largefs.cli.output import show, size, width
 from largefs.hugetext import coverage, file_report, mappings
 from largefs.hugetext.coverage import Process, Report, Text
 from largefs.hugetext.file_report import FileReport
 from largefs.hugetext.mappings import Mapping
 
 JSON_SCHEMA = "largefs-report-1"
+
+NARROW = 100
+"""Columns of a terminal, below which a path has a line for itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +41,15 @@ class Selection:
     """The program or library itself, where it was named by its path."""
 
 
-@click.command()
+@click.command(short_help="How much text is on 2 MiB pages, and why not more.")
 @click.argument("target", required=False, metavar="[PID|PROGRAM|FILE|MOUNTPOINT]")
-@click.option("--json", "as_json", is_flag=True, help="Write JSON (docs/routes.md has its fields).")
-@click.option("--watch", is_flag=True, help="Repeat every --interval seconds until interrupted.")
+@json_option
+@click.option("--watch", is_flag=True, help="Repeat every --interval seconds, until interrupted.")
 @click.option(
     "--interval",
-    type=click.FloatRange(0.1),
+    type=Seconds(0.1),
     default=2.0,
     show_default=True,
-    metavar="SECONDS",
     help="Time between two reports of --watch.",
 )
 def command(target: str | None, as_json: bool, watch: bool, interval: float) -> None:
@@ -58,26 +61,38 @@ def command(target: str | None, as_json: bool, watch: bool, interval: float) -> 
     that have mapped files of the filesystem mounted there. Without any of these, all programs of
     the machine are shown. Other users' processes can be read by root only.
 
-    Exit status: 0 if something was found, 1 if nothing was, 2 for a wrong argument. A file is
+    Exit code: 0 if something was found, 1 if nothing was, 2 for a wrong argument. A file is
     something, whether or not anything runs it.
     """
     selection = select(target)
-    if not watch:
-        report = collect(selection)
+    report = collect(selection)
+    ends = selection.kind == "pid"  # what is watched can end
+    if not watch or (ends and not report.processes):
         if as_json:
             click.echo(json.dumps(to_json(selection, report), indent=2))
         else:
             show(render(selection, report))
         sys.exit(0 if report.processes or selection.file else 1)
-    with suppress(KeyboardInterrupt):
-        if as_json:
-            while True:
-                click.echo(json.dumps(to_json(selection, collect(selection))))
-                time.sleep(interval)
-        with Live(screen=sys.stdout.isatty(), auto_refresh=False) as live:
-            while True:
-                live.update(render(selection, collect(selection)), refresh=True)
-                time.sleep(interval)
+    with suppress(KeyboardInterrupt), _place(as_json=as_json) as write:
+        while report.processes or not ends:
+            if as_json:
+                click.echo(json.dumps(to_json(selection, report)))
+            else:
+                write(render(selection, report))
+            time.sleep(interval)
+            report = collect(selection)
+    if ends and not report.processes:
+        click.echo(f"largefs: process {selection.target} has ended", err=True)
+
+
+@contextmanager
+def _place(*, as_json: bool) -> Iterator[Callable[[RenderableType], None]]:
+    """Where the reports of --watch go: each in the place of the last on a terminal, else below it."""
+    if as_json or not sys.stdout.isatty():
+        yield lambda report: show(Group(report, ""))
+        return
+    with Live(screen=True, auto_refresh=False) as live:
+        yield lambda report: live.update(report, refresh=True)
 
 
 def select(target: str | None) -> Selection:
@@ -153,33 +168,28 @@ def render(selection: Selection, report: Report) -> RenderableType:
     about = [] if selection.file is None else [*_file(selection.file), ""]
     if not report.processes:
         return Group(*about, _nothing(selection), *_footnotes(report))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    if selection.kind == "pid":
-        process = report.processes[0]
-        _columns(table, "MAPPING")
-        shown = [mapped for mapped in process.mapped if mapped.text.eligible] or process.mapped
-        for mapped in shown:
-            _row(table, mapped.text, f"{mapped.mapping.start:x} {mapped.mapping.path}")
-        if hidden := len(process.mapped) - len(shown):
-            table.add_row(*[""] * 5, f"(and {hidden} without eligible text)", style="dim")
-    elif selection.kind in ("program", "library"):
-        _columns(table, "PROCESS")
-        for process in report.processes:
-            _row(table, process.text, f"{process.pid} {process.program}")
-    else:
-        _columns(table, "PROGRAM", "PROCESSES")
-        for program, processes in by_program(report.processes).items():
-            text = _sum(processes)
-            if text.eligible:
-                _row(table, text, program, str(len(processes)))
-        others = sum(not process.text.eligible for process in report.processes)
-        if others:
-            row = [str(others), *[""] * 5, "(without eligible text)"]
-            table.add_row(*row, style="dim")
     total = _sum(report.processes)
-    count = [str(len(report.processes))] if len(table.columns) == 7 else []
-    _row(table, total, "total", *count, style="bold")
-    return Group(*about, table, *_reasons(total), *_footnotes(report))
+    if selection.kind == "pid":
+        what = "MAPPING"
+        mapped = report.processes[0].mapped
+        shown = [m for m in mapped if m.text.eligible] or mapped
+        rows = [_row(m.text, f"{m.mapping.start:x} {m.mapping.path}") for m in shown]
+        if hidden := len(mapped) - len(shown):
+            rows.append(_Row(f"(and {hidden} without eligible text)", style="dim"))
+    elif selection.kind in ("program", "library"):
+        what = "PROCESS"
+        rows = [
+            _row(process.text, f"{process.pid} {process.program}") for process in report.processes
+        ]
+    else:
+        what = "PROGRAM"
+        programs = by_program(report.processes).items()
+        sums = [(program, _sum(processes), len(processes)) for program, processes in programs]
+        rows = [_row(text, program, count) for program, text, count in sums if text.eligible]
+        if others := sum(count for _, text, count in sums if not text.eligible):
+            rows.append(_Row("(without eligible text)", count=others, style="dim"))
+    rows.append(_row(total, "total", len(report.processes) * (what == "PROGRAM"), style="bold"))
+    return Group(*about, _table(what, rows), *_reasons(total), *_footnotes(report))
 
 
 def _file(file: FileReport) -> list[RenderableType]:
@@ -200,23 +210,52 @@ def _file(file: FileReport) -> list[RenderableType]:
     return lines
 
 
-def _columns(table: Table, last: str, *first: str) -> None:
-    for name in (*first, "TEXT", "ELIGIBLE", "TOUCHED", "ON 2 MiB", "COVERAGE"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column(last, overflow="fold")
+NUMBERS = ("TEXT", "ELIGIBLE", "TOUCHED", "ON 2 MiB", "COVERAGE")
 
 
-def _row(table: Table, text: Text, name: str, *first: str, style: str | None = None) -> None:
+@dataclass(frozen=True, slots=True)
+class _Row:
+    name: str
+    numbers: tuple[str, ...] = ("",) * len(NUMBERS)
+    count: int = 0
+    """Processes, where these are counted."""
+    style: str | None = None
+
+
+def _row(text: Text, name: str, count: int = 0, style: str | None = None) -> _Row:
     sizes = (text.length, text.eligible, text.touched, text.pmd_mapped)
     part = "-" if text.coverage is None else f"{text.coverage:.3f}"
-    table.add_row(*first, *map(size, sizes), part, _plain(name), style=style)
+    return _Row(_plain(name), (*map(size, sizes), part), count, style)
+
+
+def _table(what: str, rows: list[_Row]) -> Table:
+    """One line a row; where paths would have little room, each stands above its numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    if width() < NARROW:
+        table.add_column(f"{what}\n{_aligned(NUMBERS)}", overflow="fold")
+        for row in rows:
+            count = f" ({row.count} processes)" if row.count > 1 else ""
+            numbers = f"\n{_aligned(row.numbers)}" if any(row.numbers) else ""
+            table.add_row(f"{row.name}{count}{numbers}", style=row.style)
+        return table
+    counted = any(row.count for row in rows)
+    for name in (*["PROCESSES"] * counted, *NUMBERS):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(what, overflow="fold")
+    for row in rows:
+        table.add_row(*[str(row.count)] * counted, *row.numbers, row.name, style=row.style)
+    return table
+
+
+def _aligned(numbers: Iterable[str]) -> str:
+    return " ".join(f"{number:>9}" for number in numbers)
 
 
 def _plain(name: str) -> str:
-    """A file name as rich can print it: names may hold any bytes, and rich takes [words] for
-    markup.
+    """A file's or a process's name as rich can print it: names may hold any bytes, and rich takes
+    [words] for markup.
     """
-    return escape(name.encode(errors="backslashreplace").decode())
+    return escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in name))
 
 
 def _nothing(selection: Selection) -> str:
@@ -234,8 +273,8 @@ def _reasons(total: Text) -> list[RenderableType]:
         return []
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("NOT ON 2 MiB", justify="right", no_wrap=True)
-    table.add_column("WHY")
-    table.add_column("WHAT TO DO")
+    table.add_column("WHY", overflow="fold")
+    table.add_column("WHAT TO DO", overflow="fold")
     for reason, amount in sorted(total.why.items(), key=lambda item: -item[1]):
         table.add_row(size(amount), reason.meaning, reason.remedy)
     untouched = total.eligible - total.touched

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import time
 from pathlib import Path
@@ -12,16 +11,27 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from largefs.cli.arguments import PATH, Seconds, json_option
+from largefs.cli.errors import die
 from largefs.stress import generator, runner
 from largefs.stress.session import CannotRunError
+
+CANNOT_RUN = 2
+"""Exit code, as of wrong arguments."""
 
 _SHOWN = 30  # operations of a replay that are also printed
 
 
-@click.command()
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.command(short_help="Torture truncate, mmap and huge pages.")
+@click.argument("directory", metavar="DIR", type=PATH)
 @click.option("--seed", type=int, help="Seed of the operations; without it, a new one each time.")
-@click.option("--seconds", type=float, default=60.0, show_default=True, help="How long.")
+@click.option(
+    "--seconds",
+    type=Seconds(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="How long.",
+)
 @click.option(
     "--mode",
     type=click.Choice(runner.MODES),
@@ -30,10 +40,10 @@ _SHOWN = 30  # operations of a replay that are also printed
     help="Operations with an exact model, races on a file, races around programs, or all by turns.",
 )
 @click.option("--ops", type=click.IntRange(min=1), help="How many operations, instead of how long.")
-@click.option("--replay", type=click.Path(path_type=Path), help="Do again what FILE holds.")
+@click.option("--replay", type=PATH, help="Do again what FILE holds.")
 @click.option(
     "--save",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path(),
     show_default=True,
     help="File or directory for the replay file of a difference.",
@@ -53,10 +63,9 @@ _SHOWN = 30  # operations of a replay that are also printed
 @click.option(
     "--race",
     "race_seconds",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     default=2.0,
     show_default=True,
-    metavar="SECONDS",
     help="How long each race lasts, after each 5000 operations; 0: no races.",
 )
 @click.option(
@@ -68,27 +77,26 @@ _SHOWN = 30  # operations of a replay that are also printed
     "--skip",
     multiple=True,
     type=click.Choice(generator.choices()),
+    metavar="NAME",
     help="Leave an operation out, to get past a known difference. Can be repeated.",
 )
 @click.option(
     "--shrink",
     "shrink_seconds",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     default=60.0,
     show_default=True,
-    metavar="SECONDS",
     help="How long to shorten the replay file of a difference.",
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=1),
+    type=Seconds(min=1),
     default=120.0,
     show_default=True,
-    metavar="SECONDS",
     help="After how long an operation hangs.",
 )
-@click.option("--log", type=click.Path(path_type=Path), help="Write every operation to FILE.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.option("--log", type=PATH, help="Write every operation to FILE.")
+@json_option
 def command(
     directory: Path,
     seed: int | None,
@@ -114,6 +122,8 @@ def command(
 
     Exit code: 0 when nothing was wrong, 1 when a difference was found, 2 when it could not run.
     """
+    if ops is not None and mode in runner.RACES:
+        raise click.UsageError("--ops counts operations, and a race has none: use --seconds")
     plan = runner.Plan(
         directory=directory,
         seed=int(time.time()) if seed is None else seed,
@@ -130,7 +140,6 @@ def command(
         save_to=save,
         log=log,
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as for an interrupt
 
     terminal = sys.stderr.isatty()
 
@@ -146,11 +155,9 @@ def command(
             if terminal:
                 print("\r\x1b[K", end="", file=sys.stderr)
     except CannotRunError as error:
-        print(f"largefs stress: {error}", file=sys.stderr)
-        sys.exit(2)
+        die(str(error), CANNOT_RUN)
     except KeyboardInterrupt:
-        print("largefs stress: interrupted; its files are removed", file=sys.stderr)
-        sys.exit(2)
+        die("interrupted; its files are removed", CANNOT_RUN)
     if as_json:
         print(json.dumps(result.as_dict(), indent=2))
     else:
@@ -166,8 +173,8 @@ def _print(result: runner.Result, directory: Path) -> None:
     if result.busy_seconds:
         rate = result.operations / result.busy_seconds
         print(
-            f"{result.operations:,} operations in {result.seconds:.1f} s ({rate:,.0f} a second), "
-            f"{result.tally.bytes_compared / 1e9:.1f} GB compared"
+            f"{result.operations:,} operations in {result.seconds:.1f} s "
+            f"({rate:,.0f} a second, races left out), {result.tally.bytes_compared / 1e9:.1f} GB compared"
         )
     else:
         print(f"races for {result.seconds:.1f} s")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from largefs.cli.errors import FAILED, die
+from largefs.cli.arguments import PATH
+from largefs.cli.errors import die
 from largefs.hugetext import mappings
 from largefs.store import owner
 
@@ -15,8 +16,8 @@ PATIENCE = 60
 """Seconds that the daemon gets to settle and commit after the mount is gone."""
 
 
-@click.command("umount")
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.command("umount", short_help="Unmount, and wait until the store is closed.")
+@click.argument("mountpoint", type=PATH)
 @click.option("-l", "--lazy", is_flag=True, help="Detach now, end when nobody uses it any more.")
 @click.option(
     "-f", "--force", is_flag=True, help="Cut the daemon off first, if it hangs; for root."
@@ -34,11 +35,13 @@ def command(mountpoint: Path, lazy: bool, force: bool) -> None:
     options = (["-l"] if os.geteuid() == 0 else ["-z"]) if lazy else []
     if force:
         if os.geteuid():
-            die("only root can unmount by force", FAILED)
+            die("only root can unmount by force")
         options.append("-f")
     done = subprocess.run([*tool, *options, str(mountpoint)], capture_output=True, text=True)
     if done.returncode:
-        die(done.stderr.strip().splitlines()[-1] if done.stderr else f"{mountpoint}: busy", FAILED)
+        said = done.stderr.strip().splitlines() or [f"{mountpoint}: busy"]
+        hint = f" (fuser -vm {mountpoint} tells by whom)" if "busy" in said[-1] else ""
+        die(said[-1].rstrip(".") + hint)
     if daemon >= 0 and not lazy and not select.select([daemon], [], [], PATIENCE)[0]:
         die(
             f"{store}: the daemon still writes after {PATIENCE} s; wait for it before using the store"

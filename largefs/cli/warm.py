@@ -16,7 +16,7 @@ from largefs.hugetext.mappings import PMD
 from largefs.hugetext.warm import Warmed, warm_file
 
 
-@click.command()
+@click.command(short_help="Read files into the page cache in 2 MiB folios.")
 @click.argument(
     "paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(exists=True, path_type=str)
 )
@@ -29,7 +29,7 @@ def command(paths: tuple[str, ...]) -> None:
     shorter than 2 MiB have nothing to warm. The filesystem must have large
     folios: see largefs doctor. A mounted largefs does this by itself.
 
-    Exit status: 0 if all is in 2 MiB folios, 1 if some is not, 2 for a wrong argument.
+    Exit code: 0 if all is in 2 MiB folios, 1 if some is not, 2 for a wrong argument.
     """
     files = {path: size for root in paths for path, size in _files(root) if size >= PMD}
     done, failed = Warmed(), 0
@@ -40,7 +40,7 @@ def command(paths: tuple[str, ...]) -> None:
                 done += _warm(path)
             except OSError as e:
                 failed += 1
-                click.echo(f"largefs warm: {path}: {e.strerror}", err=True)
+                click.echo(f"largefs: {path}: {e.strerror}", err=True)
             progress.advance(task, size)
     mib = 1 << 20
     click.echo(
@@ -49,7 +49,7 @@ def command(paths: tuple[str, ...]) -> None:
     )
     if done.in_pmd < done.wanted:
         click.echo(
-            "largefs warm: the rest is mapped by running programs (stop them first), or the"
+            "largefs: the rest is mapped by running programs (stop them first), or the"
             " filesystem has no large folios, or free memory is fragmented: see largefs doctor",
             err=True,
         )

@@ -172,8 +172,8 @@ def program_of(pid: int) -> str:
     except OSError:
         pass
     try:
-        with open(f"/proc/{pid}/comm") as f:
-            return f.read().rstrip("\n")
+        with open(f"/proc/{pid}/comm", "rb") as f:  # any bytes: the process chooses them
+            return os.fsdecode(f.read().rstrip(b"\n"))
     except OSError:
         return ""
 
@@ -217,8 +217,8 @@ def _process(pid: int, wanted: Callable[[Mapping], bool]) -> Process:
 
 
 def _thp_disabled(pid: int) -> bool:
-    with open(f"/proc/{pid}/status") as f:
-        return "THP_enabled:\t0\n" in f.read()
+    with open(f"/proc/{pid}/status", "rb") as f:  # it has the comm in it, see program_of
+        return b"THP_enabled:\t0\n" in f.read()
 
 
 def _account(pid: int, pagemap: int, mapping: Mapping, disabled: bool) -> Text:

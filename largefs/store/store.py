@@ -17,6 +17,7 @@ import contextlib
 import errno
 import logging
 import os
+import shutil
 import stat
 import time
 import uuid
@@ -184,6 +185,10 @@ class Store:
                 os.getegid() if gid is None else gid,
             )
         except (OSError, apsw.Error) as e:
+            if not isinstance(e, FileExistsError):  # another mkfs was here first
+                for made in path.glob("meta.db*"):
+                    made.unlink()
+                shutil.rmtree(path / "extents", ignore_errors=True)
             raise StoreError(f"{path}: cannot make a store here: {_reason(e)}") from e
 
     @classmethod
@@ -946,7 +951,9 @@ def read_format(meta: Path) -> None:
             raise FileNotFoundError
         with meta.open("rb") as f:
             header = f.read(100)
-    except (FileNotFoundError, NotADirectoryError):
+    except NotADirectoryError:
+        raise NotAStoreError(f"{store}: not a directory, so no largefs store") from None
+    except FileNotFoundError:
         raise NotAStoreError(
             f"{store}: no largefs store (make one: largefs mkfs {store})"
         ) from None

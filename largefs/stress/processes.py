@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NoReturn, cast
 
+from largefs.stress import syscalls
 from largefs.stress.report import Difference
 from largefs.stress.session import CannotRunError
 
@@ -34,7 +35,7 @@ def play(roles: list[tuple[str, Role]], seconds: float, timeout: float) -> Count
     children: list[tuple[int, int, str]] = []
     for number, (name, role) in enumerate(roles):
         back, to = os.pipe()
-        pid = os.fork()
+        pid = syscalls.fork()
         if pid == 0:
             os.close(back)
             _child(role, name, f"{number}", until, to)
@@ -86,7 +87,6 @@ def _child(role: Role, name: str, number: str, until: float, to: int) -> NoRetur
     code, answer = 2, dict[str, Any]()
     try:
         faulthandler.disable()  # a death by SIGBUS is for the parent to tell
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         answer = dict(role(number, until))
         code = 0
     except Difference as difference:

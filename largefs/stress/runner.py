@@ -9,6 +9,7 @@ run is interrupted.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import platform
 import random
@@ -21,7 +22,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import largefs
 from largefs.stress import checks, program_race, race
 from largefs.stress.generator import MODE_NAMES, POOL, Generator
 from largefs.stress.replay import Race, Replay, load, save
@@ -33,8 +33,8 @@ from largefs.stress.syscalls import PAGE, PMD, Arena
 _ROUND = 1000  # operations between comparisons of all files
 _SESSION = 5 * _ROUND
 _RACE_TRIES = 5  # a race is not deterministic: how often a replay tries
-_RACES = ("race", "programs")
-MODES = ("all", "oracle", *_RACES)
+RACES = ("race", "programs")
+MODES = ("all", "oracle", *RACES)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def environment(directory: Path) -> dict[str, str]:
         if fields[2] == f"{os.major(device)}:{os.minor(device)}":
             mount = {"filesystem": kind, "options": f"{fields[5]},{options}"}
     return {
-        "largefs": largefs.__version__,
+        "largefs": importlib.metadata.version("largefs"),
         "python": platform.python_version(),
         "kernel": f"{platform.release()} {platform.machine()}",
         **mount,
@@ -162,14 +162,14 @@ def run(plan: Plan, progress: Callable[[str], None]) -> Result:
             return result.operations >= plan.operations
         return result.seconds >= plan.seconds
 
-    if plan.mode in _RACES and not plan.race_seconds:
-        raise CannotRunError("a race of --race 0 seconds leaves nothing to do")
+    if plan.mode in RACES and not _wants(plan, plan.mode):
+        raise CannotRunError("--race 0 and --skip leave nothing of this mode to do")
     with _scratch(plan) as root, _log(plan) as log:
         number = 0
         while result.difference is None and (number == 0 or not over()):
             if plan.mode in ("all", "oracle"):
                 _one_session(plan, result, limits, pool, root, number, over, progress, log)
-            for kind in _RACES:
+            for kind in RACES:
                 if result.difference is None and _wants(plan, kind):
                     progress(_so_far(plan, result) + f", {kind}")
                     _one_race(plan, result, root, kind, f"{plan.seed}-{number}")

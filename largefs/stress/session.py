@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
-from largefs.stress import worker
+from largefs.stress import syscalls, worker
 from largefs.stress.model import Inode, Mapping, Model
 from largefs.stress.report import Difference, Write, explain
 from largefs.stress.syscalls import PAGE, PMD, Arena, address_of, first_difference
@@ -155,7 +155,7 @@ class Session:
     def _start_worker(self) -> _Process:
         arena = Arena(self.capacity + PMD)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        pid = os.fork()
+        pid = syscalls.fork()
         if pid == 0:
             ours.close()
             for other in self._workers:  # so that each sees the end of its own connection

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import signal
 from collections.abc import Callable
 
 PAGE = mmap.PAGESIZE
@@ -29,6 +30,8 @@ PUNCH_HOLE = 0x02
 COLLAPSE_RANGE = 0x08
 ZERO_RANGE = 0x10
 INSERT_RANGE = 0x20
+
+_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _pointer, _size, _int, _offset = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int64
@@ -81,6 +84,19 @@ _process_vm_readv.argtypes = (
     ctypes.c_ulong,
 )
 _process_vm_readv.restype = ctypes.c_ssize_t
+
+
+def fork() -> int:
+    """fork(2) of a child that leaves it to its parent to end it when somebody wants the tool to end."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_END)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            for number in _TO_END:
+                signal.signal(number, signal.SIG_IGN)
+        return pid
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def _checked(result: int) -> int:

@@ -472,15 +472,15 @@ def _answer(w: _Worker, kind: str, arguments: Arguments) -> tuple[Any, ...]:
 def serve(root: str, arena: Arena, pool: Arena, connection: socket.socket) -> None:
     """Answer requests until the connection ends. Never returns."""
     faulthandler.disable()  # a death by SIGBUS is the session's to tell
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the session ends us
-    for name in (signal.SIGTERM, signal.SIGPIPE):
-        signal.signal(name, signal.SIG_DFL if name == signal.SIGTERM else signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     code = 0
     try:
         worker = _Worker(root, arena, pool, mappings.open_pagemap("self"))
         while request := connection.recv(1 << 16):
             kind, arguments = marshal.loads(request)  # noqa: S302  from our own parent
             connection.send(marshal.dumps(_answer(worker, kind, arguments)))
+    except ConnectionError:  # the session was interrupted, and has gone
+        pass
     except BaseException:  # noqa: BLE001  a child of a fork must never return into its parent's stack
         traceback.print_exc(file=sys.stderr)
         code = 3

@@ -14,7 +14,7 @@ from largefs.bench import runner, workloads
 from largefs.bench.runner import CannotRunError, Result
 from largefs.bench.workloads import METRICS, WORKLOADS, Settings, Site
 
-TOOL = [sys.executable, "-c", "from largefs.cli.bench import command; command()"]
+TOOL = [sys.executable, "-c", "from largefs.cli import main; main()", "bench"]
 SMALL = ("--size", "2", "--files", "120", "--rounds", "2", "--program", "/bin/bash")
 
 

@@ -1,7 +1,9 @@
 """largefs report, warm and doctor as a user meets them."""
 
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,10 +14,12 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from largefs.cli import doctor, report, warm
 from largefs.hugetext.routes import kernel_version
 from tests.hugetext.support import MIB, make_file, mounted, text_of, warmed
+from tests.mounts import LARGEFS
 
 
 def run(command: click.Command, *arguments: object) -> Result:
@@ -100,6 +104,18 @@ def test_report_of_a_program_by_name_and_by_path(
         assert [p["pid"] for p in json.loads(result.stdout)["processes"]] == [child.pid]
 
 
+def test_report_of_a_process_with_any_name(start: Callable[..., subprocess.Popen[bytes]]) -> None:
+    """A process writes its comm itself: it need not be text."""
+    script = (
+        "import sys; open('/proc/self/comm', 'wb').write(b'caf\\xc3'); "
+        "print('ready', flush=True); sys.stdin.read()"
+    )
+    pid = start(sys.executable, "-c", script).pid
+    assert Path(f"/proc/{pid}/comm").read_bytes() == b"caf\xc3\n"
+    assert totals(run(report.command, pid, "--json"))["text"] > 0
+    assert run(report.command).exit_code == 0
+
+
 def test_report_of_everything() -> None:
     result = run(report.command)
     assert result.exit_code == 0
@@ -130,18 +146,47 @@ def test_report_of_a_file_whose_alignment_record_is_damaged(disk: Path) -> None:
     assert "what the import noted of it is damaged" in result.output
 
 
-def test_report_watches(mapped: tuple[int, Path]) -> None:
-    code = "from largefs.cli.report import command; command()"
-    arguments = [str(mapped[0]), "--json", "--watch", "--interval", "0.1"]
-    with subprocess.Popen(
-        [sys.executable, "-u", "-c", code, *arguments], stdout=subprocess.PIPE
-    ) as watcher:
+@pytest.mark.parametrize("columns", [50, 80, 120])
+def test_report_fits_a_terminal(
+    mapped: tuple[int, Path], columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the terminal, all numbers and the whole path are there."""
+    monkeypatch.setattr(report, "width", lambda: columns)
+    selection = report.select(str(mapped[0]))
+    console = Console(width=columns, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(report.render(selection, report.collect(selection)))
+    shown = captured.get()
+    assert all(title in shown for title in (*report.NUMBERS, "MAPPING"))
+    assert str(mapped[1]) in "".join(line.strip() for line in shown.splitlines())
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_report_watches_until_the_process_ends(
+    mapped: tuple[int, Path], options: list[str]
+) -> None:
+    """And each report can be read at once, also through a pipe."""
+    pid, path = mapped
+    command = [LARGEFS, "report", str(pid), "--watch", "--interval", "0.1", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watcher:
         try:
-            assert watcher.stdout
-            lines = [json.loads(watcher.stdout.readline()) for _ in range(3)]
+            assert watcher.stdout and watcher.stderr
+            seen = 0
+            while seen < 3:
+                line = watcher.stdout.readline()
+                assert line
+                seen += os.fsencode(path) in line
+            os.kill(pid, signal.SIGKILL)
+            assert watcher.wait(20) == 0
+            assert watcher.stderr.read() == b"largefs: process %d has ended\n" % pid
         finally:
             watcher.kill()
-    assert [line["selection"]["kind"] for line in lines] == ["pid"] * 3
+
+
+def test_report_watches_until_nobody_reads() -> None:
+    command = f"{LARGEFS} report $$ --watch --interval 0.1 | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=20)
+    assert done.stdout.count("\n") == 1 and not done.stderr
 
 
 def test_many_mappings(disk: Path, start: Callable[..., subprocess.Popen[bytes]]) -> None:

@@ -197,7 +197,8 @@ def test_a_file_that_may_not_be_read(public: Path) -> None:
         (source / name).write_text(name)
     (source / "secret").chmod(0)
     program = (
-        "import os, sys; from largefs.cli import cli, import_, mkfs, export; "
+        "import os, sys; from largefs.cli.commands import cli; "
+        "from largefs.cli import import_, mkfs, export; "
         "import largefs.transfer.importer, largefs.transfer.exporter, errno; "
         "os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534); "
         f"cli.main(['mkfs', '{public}/store'], standalone_mode=False); "

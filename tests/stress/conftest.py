@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-TOOL = [sys.executable, "-c", "from largefs.cli.stress import command; command()"]
+TOOL = [sys.executable, "-c", "from largefs.cli import main; main()", "stress"]
 
 
 def _stress(*arguments, expect=None):

@@ -371,19 +371,44 @@ def test_bad_replay_file(tool, tmp_path, content, message):
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--ops", "5", "--mode", "race"),
+        ("--ops", "5", "--mode", "programs"),
+        ("--mode", "race", "--skip", "race"),
+        ("--mode", "programs", "--race", "0"),
+        ("--seconds", "0"),
+        ("--seconds", "nan"),
+        ("--race", "nan"),
+    ],
+)
+def test_what_would_never_end_or_do_nothing(tool, tmp_path, options):
+    done = subprocess.run([*tool, tmp_path, *options], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
 def test_missing_directory(tool, tmp_path):
     done = subprocess.run([*tool, tmp_path / "nowhere"], capture_output=True, text=True)
     assert done.returncode == 2 and "No such file" in done.stderr and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted(tool, tmp_path, number):
-    running = subprocess.Popen([*tool, tmp_path, "--race", "0"], stderr=subprocess.PIPE, text=True)
+    """By a signal to the whole process group, as a terminal and timeout(1) send it."""
+    running = subprocess.Popen(
+        [*tool, tmp_path, "--race", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # not nohup(1)'s
+    )
     while not list(tmp_path.glob("*/session0/file0")):
         assert running.poll() is None
         time.sleep(0.01)
-    running.send_signal(number)
-    assert "interrupted" in running.communicate(timeout=30)[1]
+    os.killpg(running.pid, number)
+    said = running.communicate(timeout=30)[1]
+    assert "interrupted" in said and said.count("\n") == 1
     assert running.returncode == 2 and not os.listdir(tmp_path)
 
 
