@@ -36,9 +36,9 @@ def command(source: str, directory: Path, original: bool) -> None:
             _export_original(Path(source), directory)
         return
     store, path = _split(source)
-    if directory.resolve().is_relative_to(store.resolve()):
-        die(f"{directory}: belongs to the store itself; name a directory outside of it")
     with explained(), Store.open(store.absolute(), "export") as opened, line() as moving:
+        if directory.resolve().is_relative_to(store.resolve()):
+            die(f"{directory}: belongs to the store itself; name a directory outside of it")
         exporter = Exporter(
             opened, lambda t: moving(lambda: f"{t.entries} names, {size(t.copied)}")
         )
