@@ -76,6 +76,7 @@ def _where(p: Problem) -> str:
 
 def _as_json(store: Path, report: Report) -> dict[str, Any]:
     return {
+        "schema": "largefs-check-1",
         "store": str(store),
         "clean": not report.left,
         "inodes": report.inodes,

@@ -113,6 +113,7 @@ def _print(tally: Tally, seconds: float, *, as_json: bool) -> None:
         print(
             json.dumps(
                 {
+                    "schema": "largefs-import-1",
                     "entries": tally.entries,
                     "unchanged": tally.unchanged,
                     "bytes": tally.copied,

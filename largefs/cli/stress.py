@@ -159,7 +159,7 @@ def command(
     except KeyboardInterrupt:
         die("interrupted; its files are removed", CANNOT_RUN)
     if as_json:
-        print(json.dumps(result.as_dict(), indent=2))
+        print(json.dumps({"schema": "largefs-stress-1", **result.as_dict()}, indent=2))
     else:
         _print(result, directory)
     sys.exit(1 if result.difference else 0)

@@ -7,6 +7,7 @@ import trio
 from pyfuse3 import FUSEError
 
 from largefs.store import Inode, Store
+from largefs.store.store import path_of
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,9 @@ class Verify:
         size = self._store.backing.stat(row.id).st_size
         if size != row.size or found != expected:
             bad = sorted({n for n, _ in expected.items() ^ found.items()})
-            log.error("inode %d: damaged: size %d, extents %s", row.id, size, bad)
+            path = path_of(self._store.db, row.id) or b"a removed file"
+            name = path.decode(errors="backslashreplace")
+            log.error("inode %d, %s: damaged: size %d, extents %s", row.id, name, size, bad)
             raise FUSEError(errno.EIO)  # an OSError would log a traceback as well
         if len(self._good) >= REMEMBERED:
             self._good.clear()

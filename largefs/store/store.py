@@ -954,9 +954,7 @@ def read_format(meta: Path) -> None:
     except NotADirectoryError:
         raise NotAStoreError(f"{store}: not a directory, so no largefs store") from None
     except FileNotFoundError:
-        raise NotAStoreError(
-            f"{store}: no largefs store (make one: largefs mkfs {store})"
-        ) from None
+        raise NotAStoreError(f"{store}: no largefs store ({_what_to_name(store)})") from None
     except OSError as e:
         raise StoreError(f"{meta}: {e.strerror}") from e
     if header[:16] != b"SQLite format 3\0" or header[68:72] != schema.APPLICATION_ID.to_bytes(4):
@@ -967,6 +965,15 @@ def read_format(meta: Path) -> None:
             f"{store}: format version {version} is newer than this largefs, which knows "
             f"{schema.FORMAT_VERSION}; update largefs"
         )
+
+
+def _what_to_name(place: Path) -> str:
+    """What to do about a place that is no store."""
+    if place.is_mount():
+        return f"where one is mounted, its store is: findmnt -no SOURCE {place}"
+    if place.is_dir() and any(place.iterdir()):
+        return "name the directory that largefs mkfs made"
+    return f"make one: largefs mkfs {place}"
 
 
 def connect(meta: Path) -> apsw.Connection:

@@ -212,3 +212,10 @@ def test_a_file_that_may_not_be_read(public: Path) -> None:
     assert "1 names were left out" in done.stderr
     largefs("export", public / "store", public / "out")
     assert os.listdir(public / "out") == ["good"]
+
+
+def test_a_mountpoint_is_no_store(tmp_path: Path, mounts: Mounts) -> None:
+    """But it has one, and the message tells how to find it."""
+    mount = mounts.make()
+    refused("check", mount.path, code=8, says="findmnt")
+    refused("export", mount.path, tmp_path / "out", code=1, says="findmnt")
