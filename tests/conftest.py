@@ -1,11 +1,16 @@
 """What every suite may use."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.mounts import Mounts, reason_not_to_mount
+
+# What nohup(1) and a shell's "&" have their children ignore, ours would ignore, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture

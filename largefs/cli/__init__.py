@@ -48,7 +48,7 @@ def _prepare_streams() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """End as for Ctrl-C; a second signal, as a closing terminal sends, does not disturb that."""
-    for each in signal.SIGTERM, signal.SIGHUP:
-        signal.signal(each, signal.SIG_IGN)
+    """End as for Ctrl-C. A closing terminal may say SIGHUP twice; a second SIGTERM is meant."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     raise KeyboardInterrupt

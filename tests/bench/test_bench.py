@@ -130,10 +130,13 @@ def test_interrupted(directories, number):
     bench = subprocess.Popen(
         [*TOOL, *directories, *SMALL, "--rounds", "1000"], stderr=subprocess.PIPE, text=True
     )
-    while not list(directories[2].glob("largefs-bench-*/program")):
-        assert bench.poll() is None
-        time.sleep(0.01)
-    bench.send_signal(number)
-    assert "interrupted" in bench.communicate(timeout=60)[1]
+    try:
+        while not list(directories[2].glob("largefs-bench-*/program")):
+            assert bench.poll() is None
+            time.sleep(0.01)
+        bench.send_signal(number)
+        assert "interrupted" in bench.communicate(timeout=60)[1]
+    finally:
+        bench.kill()  # or it would drop the machine's caches for ever
     assert bench.returncode == 2
     assert all(os.listdir(directory) == [] for directory in directories)
