@@ -208,13 +208,11 @@ class Filesystem(pyfuse3.Operations):
             columns["ctime_ns"] = time.time_ns()
             if "mode" in columns:
                 acl.follow_mode(self._store, inode, columns["mode"])
-            self._store.set_attributes(inode, **columns)
             if fields.update_mtime and stat.S_ISREG(row.mode):
-                self._store.backing.set_times(
-                    inode, columns.get("atime_ns", row.atime_ns), columns["mtime_ns"]
-                )
-                kept = self._store.backing.stat(inode).st_mtime_ns  # its filesystem has limits too
-                self._store.set_attributes(inode, mtime_ns=kept)
+                backing = self._store.backing
+                backing.set_times(inode, columns.get("atime_ns", row.atime_ns), columns["mtime_ns"])
+                columns["mtime_ns"] = backing.stat(inode).st_mtime_ns  # that one has limits too
+            self._store.set_attributes(inode, **columns)
         return self._attributes(self._store.get(inode))
 
     def _must_kill_privileges(self, row: Inode, fields: SetattrFields, ctx: RequestContext) -> bool:
