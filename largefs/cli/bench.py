@@ -13,10 +13,7 @@ from rich.table import Table
 
 from largefs.bench import runner, workloads
 from largefs.cli.arguments import json_option
-from largefs.cli.errors import die
-
-CANNOT_RUN = 2
-"""Exit code, as of wrong arguments."""
+from largefs.cli.errors import CANNOT_RUN, die
 
 
 @click.command(short_help="Measure filesystems side by side.")

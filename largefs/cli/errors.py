@@ -6,10 +6,14 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
+from largefs.cli import INTERRUPTED
 from largefs.store import StoreError
 
 FAILED = 1
 """Exit code of a command that could not do what it was asked, unless its help says otherwise."""
+
+CANNOT_RUN = 2
+"""Exit code of a tool that could not begin its work, as of wrong arguments."""
 
 
 def die(message: str, code: int = FAILED) -> NoReturn:
@@ -20,7 +24,7 @@ def die(message: str, code: int = FAILED) -> NoReturn:
 
 @contextlib.contextmanager
 def explained(
-    code: int = FAILED, interrupted: tuple[str, int] = ("interrupted", 130)
+    code: int = FAILED, interrupted: tuple[str, int] = ("interrupted", INTERRUPTED)
 ) -> Iterator[None]:
     """Turn what can be wrong with a store, a file or a disk into one line and an exit code.
 

@@ -12,12 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from largefs.cli.arguments import PATH, Seconds, json_option
-from largefs.cli.errors import die
+from largefs.cli.errors import CANNOT_RUN, die
 from largefs.stress import generator, runner
 from largefs.stress.session import CannotRunError
-
-CANNOT_RUN = 2
-"""Exit code, as of wrong arguments."""
 
 _SHOWN = 30  # operations of a replay that are also printed
 
