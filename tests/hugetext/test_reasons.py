@@ -13,8 +13,7 @@ import pytest
 from largefs.hugetext import coverage, mappings, warm
 from largefs.hugetext.coverage import Reason, Report, Text
 from tests.hugetext.support import HERE, MIB, check_sums, drop, make_file, text_of, warmed
-
-NOBODY = 65534
+from tests.users import NOBODY, become
 
 
 @pytest.mark.parametrize(
@@ -136,9 +135,7 @@ def collect_as_nobody(pid: int, prefix: str) -> Report:
     if not child:
         status = 1
         try:
-            os.setgroups([])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, NOBODY)
+            become(NOBODY)
             report = coverage.collect([pid], lambda mapping: mapping.path.startswith(prefix))
             os.write(writer, pickle.dumps(report))
             status = 0

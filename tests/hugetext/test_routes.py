@@ -16,6 +16,7 @@ from largefs.hugetext import routes, warm
 from largefs.hugetext.routes import FUSE_LARGE_FOLIOS, FUSE_PASSTHROUGH, Offer, Probe, Route, probe
 from tests.hugetext.support import mounted
 from tests.mounts import Mounts, largefs
+from tests.users import NOBODY, become
 
 modern = pytest.mark.skipif(
     routes.kernel_version() < (6, 9), reason="FUSE passthrough needs Linux 6.9"
@@ -165,9 +166,7 @@ def test_without_privilege(disk: Path) -> None:
     if not child:
         status = 1
         try:
-            os.setgroups([])
-            os.setresgid(65534, 65534, 65534)
-            os.setresuid(65534, 65534, 65534)
+            become(NOBODY)
             os.write(writer, pickle.dumps(probe(disk)))
             status = 0
         finally:

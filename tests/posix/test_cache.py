@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.mounts import Mount, Mounts
+from tests.users import NOBODY, become
 
-NOBODY = 65534
 WALKS = 200
 
 
@@ -22,9 +22,7 @@ def walk(uid: int, path: str) -> None:
     pid = os.fork()
     if pid == 0:
         try:
-            os.setgroups([])
-            os.setresgid(uid, uid, uid)
-            os.setresuid(uid, uid, uid)
+            become(uid)
             for _ in range(WALKS):
                 os.lstat(path)
             os._exit(0)

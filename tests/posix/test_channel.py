@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from tests.users import NOBODY, become
+
 DAEMON = Path(__file__).with_name("channel_daemon.py")
 PAGES_LIMIT = Path("/proc/sys/fs/fuse/max_pages_limit")
 MIB = 1 << 20
@@ -350,9 +352,7 @@ def as_nobody(directory: Path, act: Callable[[], object]) -> None:
         status = 1
         try:
             os.chdir(directory)  # which nobody may not reach by its path
-            os.setgroups([])
-            os.setresgid(65534, 65534, 65534)
-            os.setresuid(65534, 65534, 65534)
+            become(NOBODY)
             act()
             status = 0
         finally:

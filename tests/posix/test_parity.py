@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.mounts import Mounts
+from tests.users import NOBODY, become
 
 Case = Callable[[str], Iterator[object]]
 CASES: list[Case] = []
@@ -31,7 +32,6 @@ libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_
 
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 KEEP_SIZE, PUNCH_HOLE, COLLAPSE, ZERO, INSERT = 1, 2, 8, 16, 32
-NOBODY = 65534
 
 
 def case(function: Case) -> Case:
@@ -103,9 +103,7 @@ def as_nobody(function: Callable[..., object], *args: object) -> object:
     pid = os.fork()
     if pid == 0:
         try:
-            os.setgroups([])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, NOBODY)
+            become(NOBODY)
             os.write(writing, repr(outcome(function, *args)).encode())
         finally:
             os._exit(0)
