@@ -910,7 +910,7 @@ def _create_metadata(path: Path, mode: int, uid: int, gid: int) -> None:
     """Make meta.db under another name and move it into place: a store exists wholly or not."""
     temporary = path / "meta.db.new"
     temporary.unlink(missing_ok=True)
-    db = apsw.Connection(str(temporary))
+    db = open_database(temporary, apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE)
     now = time.time_ns()
     try:
         schema.create(db)
@@ -976,9 +976,26 @@ def _what_to_name(place: Path) -> str:
     return f"make one: largefs mkfs {place}"
 
 
+def open_database(file: Path, flags: int = apsw.SQLITE_OPEN_READWRITE) -> apsw.Connection:
+    """Open an SQLite database, whatever bytes its path has; raises apsw.Error.
+
+    apsw takes only text. For other paths a descriptor of the directory serves: SQLite follows symlinks
+    before it opens (unixFullPathname() in os_unix.c), so that what it keeps, and gives its log, is the
+    true path, and the descriptor may go.
+    """
+    try:
+        return apsw.Connection(str(file), flags=flags)
+    except UnicodeEncodeError:
+        directory = os.open(file.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return apsw.Connection(f"/proc/self/fd/{directory}/{file.name}", flags=flags)
+    finally:
+        os.close(directory)
+
+
 def connect(meta: Path) -> apsw.Connection:
     """Open meta.db and take its lock for as long as the connection lives; raises apsw.BusyError."""
-    db = apsw.Connection(str(meta), flags=apsw.SQLITE_OPEN_READWRITE)
+    db = open_database(meta)
     try:
         db.pragma("locking_mode", "exclusive")
         db.pragma("journal_mode", "wal")

@@ -76,6 +76,27 @@ def test_store_in_use(mounts: Mounts, mountpoint: Path, tmp_path: Path) -> None:
     (mount.path / "still").write_text("there")
 
 
+def test_a_store_whose_path_is_no_text(mounts: Mounts, tmp_path: Path) -> None:
+    """POSIX paths are bytes; SQLite's binding takes only what is UTF-8."""
+    store = tmp_path / os.fsdecode(b"st\xffre")
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "file").write_text("text")
+    largefs("mkfs", store)
+    largefs("import", source, store)
+    mount = mounts.make(store=store)
+    mount.clean = False  # checked below
+    assert (mount.path / "file").read_text() == "text"
+    (mount.path / "new").write_text("more")
+    refused("import", source, store, code=1, says=f"in use: mounted at {mount.path}")
+    mount.unmount()
+    assert sorted(os.listdir(store)) == ["extents", "meta.db"]
+    assert "clean: 3 inodes" in largefs("check", store, "--data", "--repair").stdout
+    largefs("doctor", store, code=None)
+    largefs("export", store, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["file", "new"]
+
+
 def test_mountpoint(mounts: Mounts, store: Path, tmp_path: Path) -> None:
     mount = mounts.make()
     (tmp_path / "file").touch()
