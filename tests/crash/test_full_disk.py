@@ -17,10 +17,11 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Disk]:
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Disk]:
+    """A disk of the kind that the test is parametrized with, or of ext4."""
     if reason := reason_not_to_mount():
         pytest.skip(reason)
-    with disk(tmp_path, "ext4", 256 * MIB) as made:
+    with disk(tmp_path, getattr(request, "param", "ext4"), 256 * MIB) as made:
         yield made
 
 
@@ -78,6 +79,7 @@ def test_writes_to_a_full_disk_fail_and_go_on_when_there_is_room(
     assert (m.path / "after").stat().st_size == 4 * MIB
 
 
+@pytest.mark.parametrize("small_disk", ["ext4", "ext2", "tmpfs"], indirect=True)
 def test_a_commit_without_room_fails_loses_nothing_and_is_tried_again(
     small_disk: Disk, mounts_on_it: Mounts
 ) -> None:
