@@ -15,8 +15,8 @@ from largefs.hugetext.align import restore
 from largefs.hugetext.view import BadRecord
 from largefs.store import EXTENT_SIZE, ROOT_INODE, Inode, Store
 from largefs.store.backing import data_ranges
-from largefs.store.store import fail
-from largefs.transfer.copy import copy_laid_out, copy_stretch
+from largefs.store.store import FULL, fail
+from largefs.transfer.copy import TargetError, copy_laid_out, copy_stretch, writing
 from largefs.transfer.metadata import set_metadata, xattrs_of
 
 CUT_SHORT = "its data in the store ends too early"
@@ -49,7 +49,7 @@ class Exporter:
 
         A directory's contents come into `target`, which gets its metadata; anything else comes as
         `target/name`. `target` must be empty or missing. OSError: ENOENT for `path`, ENOTEMPTY, and
-        what writing raises when the disk is full.
+        what writing raises when the disk is full, or fails.
         """
         row, name = self._find(path)
         os.makedirs(target, exist_ok=True)
@@ -64,7 +64,9 @@ class Exporter:
             try:
                 step()
             except OSError as e:
-                if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                if isinstance(e, TargetError) and e.errno != errno.EFBIG:
+                    raise OSError(e.errno, e.strerror, target) from e
+                if e.errno in (*FULL, errno.EROFS):
                     raise
                 self.tally.failed.append((path, e.strerror or str(e)))
             self._progress(self.tally)
@@ -126,7 +128,8 @@ class Exporter:
     def _copy(self, fd: int, to: int, size: int) -> None:
         if os.fstat(fd).st_size < size:
             raise OSError(errno.EIO, CUT_SHORT)
-        os.ftruncate(to, size)
+        with writing():
+            os.ftruncate(to, size)
         for start, end in data_ranges(fd, size):
             if not copy_stretch(fd, to, start, end, self._buffer):
                 raise OSError(errno.EIO, CUT_SHORT)

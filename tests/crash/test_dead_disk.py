@@ -91,6 +91,8 @@ def test_an_import_says_that_it_is_the_store_and_can_be_run_again(
     assert done.returncode == 1
     assert done.stderr.startswith(f"largefs: {store}: ") and done.stderr.count("\n") == 1
     assert "(dmesg), then " in done.stderr
+    if not (source / "000").is_symlink():
+        assert f"cannot write what {source}/" in done.stderr
     small_disk.restore_power()
     largefs("check", store, "--data")
     assert f"{NAMES} names" in largefs("import", source, store).stdout

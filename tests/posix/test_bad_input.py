@@ -201,6 +201,49 @@ def test_a_file_that_changes_while_it_is_read(store: Path, tmp_path: Path) -> No
     largefs("check", store, "--data")
 
 
+UNREADABLE = """
+import errno
+from pyfuse3 import FUSEError
+from largefs.filesystem.operations import Filesystem
+read = Filesystem.read
+async def fail_at(self, fh, off, size):
+    if b"bad" in self._store.path_of(fh >> 1) and off + size > 64 << 10:
+        raise FUSEError(errno.EIO)
+    return await read(self, fh, off, size)
+Filesystem.read = fail_at
+"""
+
+
+def test_a_source_that_the_disk_cannot_read(mounts: Mounts, store: Path) -> None:
+    """It is left out, as what may not be read, and the rest is imported."""
+    source = mounts.make("route=none", patch=UNREADABLE)
+    for name, size in ("bad", 1 << 20), ("bad too", 5 << 20), ("good", 5 << 20):
+        (source.path / name).write_bytes(os.urandom(size))
+    source.unmount()  # and with it goes what the kernel has of them
+    source.mount("route=none")
+    done = largefs("import", source.path, store, "--align", "off", code=1)
+    for name in "bad", "bad too":
+        reason = "not imported: cannot be read: Input/output error"
+        assert f"largefs: {source.path / name}: {reason}\n" in done.stderr
+    assert done.stderr.endswith("\n2 names were left out\n")
+    assert "5.0 MiB copied" in done.stdout
+    largefs("check", store, "--data")
+
+
+def test_a_file_too_large_for_the_filesystem_of_the_store(store: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "good").write_text("good")
+    with open(source / "large", "wb") as f:
+        f.truncate(1 << 30)
+    limited = ["prlimit", f"--fsize={64 << 20}", LARGEFS, "import", source, store]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    reason = "not imported: the store's filesystem: File too large"
+    assert done.stderr == f"largefs: {source}/large: {reason}\n1 names were left out\n"
+    largefs("check", store, "--data")
+
+
 @pytest.fixture
 def public() -> Iterator[Path]:
     """A directory that every user reaches and may write to."""
