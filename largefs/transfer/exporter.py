@@ -30,7 +30,9 @@ class Tally:
     copied: int = 0
     """Bytes of file sizes written."""
     failed: list[tuple[bytes, str]] = field(default_factory=list)
-    """Names that could not be written or not fully: (path in the store, reason)."""
+    """Names that could not be written: (path in the store, reason)."""
+    unset: dict[str, list[bytes]] = field(default_factory=dict)
+    """Metadata that could not be set: what ('owner', the name of an xattr) -> paths in the store."""
 
 
 class Exporter:
@@ -113,8 +115,8 @@ class Exporter:
             self._store.xattrs(row.id),
             (row.atime_ns, row.mtime_ns),
         )
-        if lost:
-            self.tally.failed.append((path, "cannot set " + ", ".join(lost)))
+        for what in lost:
+            self.tally.unset.setdefault(what, []).append(path)
 
     def _export_file(self, row: Inode, target: bytes) -> None:
         with self._store.backing.opened(row.id) as fd, _new_file(target) as to:

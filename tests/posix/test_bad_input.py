@@ -1,17 +1,23 @@
 """Bad input gets one clear line and an exit code, and nothing is lost."""
 
+import errno
+import json
 import os
+import re
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.mounts import LARGEFS, Mounts, largefs
+from tests.mounts import LARGEFS, Mounts, is_mounted, largefs
 
 MOUNT_FAILED = 32  # mount(8)
 USAGE_OF_MOUNT = 1
@@ -276,6 +282,34 @@ def test_a_file_that_may_not_be_read(public: Path) -> None:
     assert "1 names were left out" in done.stderr
     largefs("export", public / "store", public / "out")
     assert os.listdir(public / "out") == ["good"]
+
+
+def test_an_export_that_may_not_set_owners(public: Path) -> None:
+    """One line for all of them, with the first."""
+    source = public / "source"
+    source.mkdir()
+    for name in "abc":
+        (source / name).touch()
+    (source / "c").chmod(0o4755)
+    program = (
+        "import sys; from tests.users import NOBODY, become\n"
+        "from largefs.cli.commands import cli, run; from largefs.cli import export, import_, mkfs\n"
+        "become(NOBODY)\n"
+        f"cli.main(['mkfs', '{public}/store'], standalone_mode=False)\n"
+        f"sys.argv[1:] = ['import', '{source}', '{public}/store']\n"
+        "run()\n"
+        f"sys.argv[1:] = ['export', '{public}/store', '{public}/out']\n"
+        "sys.exit(run())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    owner, bits = sorted(done.stderr.splitlines(), key=len, reverse=True)
+    assert re.fullmatch("largefs: /[abc] and 3 more: cannot set owner", owner)
+    assert bits == "largefs: /c: cannot set set-ID bits"
+    assert "3 names, 0 B exported" in done.stdout
+    assert sorted(os.listdir(public / "out")) == ["a", "b", "c"]
 
 
 def test_a_mountpoint_is_no_store(tmp_path: Path, mounts: Mounts) -> None:
