@@ -171,6 +171,134 @@ def test_no_fuse_device(store: Path, mountpoint: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "command",
+    [("mount", "{store}", "{mountpoint}"), ("doctor", "{store}")],
+    ids=["mount", "doctor"],
+)
+def test_a_fuse_device_of_others(public: Path, command: tuple[str, ...]) -> None:
+    """As an ordinary user, in a mount namespace whose /dev/fuse is for root alone."""
+    places = {"store": public / "store", "mountpoint": public / "mountpoint"}
+    places["mountpoint"].mkdir()
+    device = public / "fuse"
+    os.mknod(device, 0o600 | stat.S_IFCHR, os.makedev(10, 229))
+    program = (
+        "import importlib; from tests.users import NOBODY, become\n"
+        "from largefs.cli.commands import COMMANDS, cli, run\n"
+        "for name in COMMANDS.values(): importlib.import_module(f'largefs.cli.{name}')\n"
+        "import largefs.filesystem.daemon, largefs.filesystem.options, pyfuse3, encodings.idna, sys\n"
+        "become(NOBODY)\n"
+        f"cli.main(['mkfs', '{places['store']}'], standalone_mode=False)\n"
+        f"sys.argv[1:] = {[word.format(**places) for word in command]!r}\n"
+        "sys.exit(run())"
+    )
+    script = f'mount --bind {device} /dev/fuse && exec "$0" -c "$1"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, sys.executable, program],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if command[0] == "mount":
+        assert done.returncode == MOUNT_FAILED
+        assert done.stderr.startswith("largefs: /dev/fuse: Permission denied; mount as root, or ")
+        assert done.stderr.count("\n") == 1
+    else:
+        assert done.returncode == 2
+        assert re.search("^bad +/dev/fuse +cannot be opened: Permission denied$", done.stdout, re.M)
+
+
+def test_umount_by_force_of_a_mount_in_use(mounts: Mounts) -> None:
+    mount = mounts.make()
+    (mount.path / "file").write_text("text")
+    with open(mount.path / "file"):
+        refused("umount", mount.path, code=1, says="busy")
+        assert os.listdir(mount.path) == ["file"]
+        refused("umount", "--force", mount.path, code=1, says=f"umount --lazy {mount.path}")
+        assert is_mounted(mount.path)
+        with pytest.raises(OSError) as e:
+            os.statvfs(mount.path)
+        assert e.value.errno == errno.ENOTCONN
+        largefs("check", mount.store, "--data")  # nobody holds it, and it was closed
+        largefs("umount", "--lazy", mount.path)
+        mount.pid = 0
+        assert not is_mounted(mount.path)
+    mount.mount()
+    assert (mount.path / "file").read_text() == "text"
+
+
+def test_doctor_on_what_is_no_store(mounts: Mounts, tmp_path: Path) -> None:
+    mount = mounts.make()
+    (mount.path / "file").touch()
+    for place, says in (
+        ("/etc/passwd", "/etc/passwd: not a directory; name a store"),
+        ("/etc", "/etc: no largefs store (name the directory that largefs mkfs made)"),
+        (mount.path, f"its store is: findmnt -no SOURCE {mount.path}"),
+        (tmp_path / "missing", "largefs mkfs"),
+    ):
+        for option in ([], ["--json"]):
+            refused("doctor", place, *option, code=2, says=says)
+
+
+@pytest.mark.parametrize("options", ["", "-o subset=pid"])
+def test_doctor_without_proc(store: Path, options: str) -> None:
+    """In a mount namespace whose /proc is empty, or holds nothing but processes."""
+    kind = "proc" if options else "tmpfs"
+    script = f"mount -t {kind} {options} none /proc && {LARGEFS} doctor {store}"
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, check=False
+    )
+    if options:
+        assert done.returncode in (0, 1) and not done.stderr
+        assert "route:" in done.stdout
+    else:
+        assert done.returncode == 2
+        assert done.stderr == (
+            "largefs: /proc/self/mountinfo: No such file or directory; "
+            "make it readable: mount -t proc proc /proc\n"
+        )
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_an_import_that_is_terminated(store: Path, tmp_path: Path, signals: int) -> None:
+    """Once: it ends after the file at hand. Twice, it is killed. Both leave nothing but what is done."""
+    source, temporary = tmp_path / "source", tmp_path / "temporary"
+    temporary.mkdir()
+    source.mkdir()
+    files = 60
+    for i in range(files):
+        (source / f"{i:02}").write_bytes(os.urandom(4 << 20))
+    running = subprocess.Popen(
+        [LARGEFS, "import", source, store],
+        env={**os.environ, "TMPDIR": str(temporary)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while len(list(store.glob("extents/*/*"))) < 5:
+        assert running.poll() is None
+        time.sleep(0.01)
+    for _ in range(signals):
+        running.terminate()
+        if signals == 2:
+            time.sleep(0.005)
+    said = running.communicate(timeout=60)[1]
+    if signals == 1:
+        assert (running.returncode, said) == (130, "largefs: interrupted\n")
+        assert sorted(os.listdir(store)) == ["extents", "meta.db"]
+    else:
+        assert running.returncode in (-signal.SIGTERM, 130)
+    assert os.listdir(temporary) == []
+    largefs("check", store, "--data")
+    done = json.loads(largefs("import", source, store, "--json").stdout)
+    assert done["entries"] == files and not done["failed"]
+    assert done["unchanged"] < files
+    if signals == 1:
+        assert done["unchanged"] >= 4
+    assert sorted(os.listdir(store)) == ["extents", "meta.db"]
+    assert len(list(store.glob("extents/*/*"))) == files
+    largefs("check", store, "--data")
+
+
 def test_import_and_export_of_nothing(store: Path, tmp_path: Path) -> None:
     refused("import", tmp_path / "missing", store, code=1, says="No such file or directory")
     refused("import", "/etc/passwd", store, code=1, says="Not a directory")
