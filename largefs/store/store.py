@@ -206,6 +206,8 @@ class Store:
                 for made in path.glob("meta.db*"):
                     made.unlink()
                 shutil.rmtree(path / "extents", ignore_errors=True)
+            if _is_full(e):
+                raise DiskFullError(path) from e
             raise StoreError(f"{path}: cannot make a store here: {_reason(e)}") from e
 
     @classmethod
@@ -228,9 +230,9 @@ class Store:
             raise BusyError(
                 f"{path}: in use: {holder or 'by another process'}; end that first"
             ) from None
-        except apsw.FullError as e:
-            raise DiskFullError(path) from e
         except apsw.Error as e:
+            if _is_full(e):
+                raise DiskFullError(path) from e
             raise StoreError(f"{path}: meta.db is damaged or unreadable: {_reason(e)}") from e
         except OSError as e:
             raise StoreError(f"{path}: extents/: {e.strerror}") from e
@@ -238,7 +240,7 @@ class Store:
             self._start(purpose)
         except BaseException as e:
             self._let_go()
-            if isinstance(e, OSError) and e.errno in FULL:
+            if _is_full(e):
                 raise DiskFullError(path) from e
             if isinstance(e, (OSError, apsw.Error)):
                 raise StoreError(f"{path}: cannot open: {_reason(e)}") from e
@@ -1081,6 +1083,10 @@ def _check_name(name: bytes) -> None:
         raise fail(errno.ENAMETOOLONG)
     if not name or name in (b".", b"..") or b"/" in name or b"\0" in name:
         raise fail(errno.EINVAL)
+
+
+def _is_full(e: BaseException) -> bool:
+    return isinstance(e, apsw.FullError) or (isinstance(e, OSError) and e.errno in FULL)
 
 
 def _reason(e: Any) -> str:

@@ -128,6 +128,9 @@ def test_a_store_on_a_full_disk_is_not_opened_until_there_is_room(
     files = sorted(os.listdir(store))
     ballast = small_disk.fill()
     full = f"largefs: {store}: its disk is full; make room there and try again\n"
+    another = store.with_name("another")
+    refused("mkfs", another, code=1, says=f"largefs: {another}: its disk is full; make room there")
+    assert not another.exists() or not os.listdir(another)
     refused("mount", store, source, code=32, says=full)
     refused("import", source, store, code=1, says=full)
     refused("export", store, tmp_path / "out", code=1, says=full)
