@@ -6,31 +6,26 @@ Nothing of it remains. docs/routes.md tells users the rules.
 """
 
 import contextlib
-import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import platform
 import re
-import struct
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from largefs.channel import trial
+from largefs.channel.protocol import LARGE_FOLIOS, PASSTHROUGH
+from largefs.channel.trial import Trial
 from largefs.hugetext import mappings, warm
 from largefs.hugetext.mappings import PMD
 from largefs.store.backing import has_writer
 
 THP = Path("/sys/kernel/mm/transparent_hugepage")
-
-# FUSE INIT flags, include/uapi/linux/fuse.h; the last is that of kernel-patch/, from the top of the
-# free range.
-FUSE_INIT_EXT, FUSE_PASSTHROUGH, FUSE_LARGE_FOLIOS = 1 << 30, 1 << 37, 1 << 62
 
 _TRIAL_SIZE = 2 * PMD
 _CAP_SYS_ADMIN = 21
@@ -141,25 +136,25 @@ def _filesystem_type_outside(path: str) -> str:
 
 
 def _passthrough(
-    offered: int | None, warmed: "_Warmed", fuse: "_Fuse", fstype: str, writers_seen: bool
+    offered: int | None, warmed: "_Warmed", fuse: Trial, fstype: str, writers_seen: bool
 ) -> Offer:
     def closed(reason: str, remedy: str) -> Offer:
         return Offer(Route.PASSTHROUGH, False, reason, remedy)
 
-    if (offered is not None and not offered & FUSE_PASSTHROUGH) or kernel_version() < (6, 9):
+    if (offered is not None and not offered & PASSTHROUGH) or kernel_version() < (6, 9):
         return closed(
             "this kernel's FUSE has no passthrough",
             "run Linux 6.9 or later with CONFIG_FUSE_PASSTHROUGH",
         )
     if not has_cap_sys_admin():
         return closed("no CAP_SYS_ADMIN in the initial user namespace", "mount as root")
-    if fuse.backing_error == errno.ELOOP:
+    if fuse.error == errno.ELOOP:
         return closed(
             f"the store's filesystem ({fstype}) is stacked on another",
             "put the store on ext4, xfs or tmpfs itself",
         )
-    if fuse.backing_error:
-        return closed(f"trial of a backing file: {os.strerror(fuse.backing_error)}", "")
+    if fuse.error:
+        return closed(f"trial of a backing file: {os.strerror(fuse.error)}", "")
     if not writers_seen:
         return closed(
             f"on the store's filesystem ({fstype}) read leases do not tell who still writes a file",
@@ -189,7 +184,7 @@ def _folio(offered: int | None) -> Offer:
         return Offer(
             Route.FOLIO, False, "what the kernel's FUSE offers is not known", "ask as root"
         )
-    if not offered & FUSE_LARGE_FOLIOS:
+    if not offered & LARGE_FOLIOS:
         return Offer(
             Route.FOLIO,
             False,
@@ -267,112 +262,11 @@ def _try_collapse(fd: int) -> int:
     return 0
 
 
-@dataclass(slots=True)
-class _Fuse:
-    offered: int | None = None
-    registered: bool = False
-    backing_error: int = 0
-
-
-def _try_fuse(fd: int) -> _Fuse:
+def _try_fuse(fd: int) -> Trial:
     """What FUSE offers, and whether it takes `fd` as a backing file; with no privilege, nothing is
     known.
     """
-    result = _Fuse()
-    if not has_cap_sys_admin():
-        return result
-    try:
-        result.offered = _in_own_namespace(fd)
-        result.registered = bool(result.offered & FUSE_PASSTHROUGH)
-    except _BackingRefusedError as e:
-        result.offered, result.backing_error = e.offered, e.number
-    except OSError as e:
-        result.backing_error = e.errno or errno.EIO
-    return result
-
-
-class _BackingRefusedError(Exception):
-    def __init__(self, offered: int, number: int) -> None:
-        self.offered, self.number = offered, number
-
-
-def _in_own_namespace(fd: int) -> int:
-    """_connect() in a thread with a mount namespace of its own, which ends with it and takes the
-    mount along.
-    """
-    outcome: list[int | BaseException] = []
-
-    def run() -> None:
-        try:
-            outcome.append(_connect(fd))
-        except (OSError, _BackingRefusedError) as e:
-            outcome.append(e)
-
-    thread = threading.Thread(target=run, name="largefs-probe")
-    thread.start()
-    thread.join()
-    if not outcome:
-        raise OSError(errno.EIO, "the trial of FUSE ended early")
-    result = outcome[0]
-    if isinstance(result, BaseException):
-        raise result
-    return result
-
-
-def _connect(fd: int) -> int:
-    """Mount FUSE, answer INIT with passthrough, register `fd`; return the flags that were
-    offered.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    clone_newns, ms_private = 0x20000, 1 << 18
-
-    def check(result: int) -> None:
-        if result:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-    device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        check(libc.unshare(clone_newns))
-        # Any mountpoint will do: nobody else sees this mount, and nothing is looked up in it. The
-        # root is none in a chroot.
-        check(libc.mount(None, b"/proc", None, ctypes.c_ulong(ms_private), None))
-        options = f"fd={device},rootmode=40000,user_id=0,group_id=0".encode()
-        check(libc.mount(b"largefs-probe", b"/proc", b"fuse", ctypes.c_ulong(0), options))
-        request = os.read(device, 1 << 16)
-        unique, flags = (
-            struct.unpack_from("8xQ", request)[0],
-            struct.unpack_from("I", request, 52)[0],
-        )
-        flags2 = struct.unpack_from("I", request, 56)[0] if flags & FUSE_INIT_EXT else 0
-        offered = int(flags | flags2 << 32)
-        if not offered & FUSE_PASSTHROUGH:
-            return offered
-        # struct fuse_init_out: 7.40, flags, max_write, time_gran, max_pages, flags2,
-        # max_stack_depth
-        reply = struct.pack(
-            "4I2H2I2H2I24x",
-            7,
-            40,
-            0,
-            FUSE_INIT_EXT,
-            0,
-            0,
-            1 << 17,
-            1,
-            32,
-            0,
-            FUSE_PASSTHROUGH >> 32,
-            1,  # on nothing that is stacked: an overlay's file does not tell who maps the one below
-        )
-        os.write(device, struct.pack("IiQ", 16 + len(reply), 0, unique) + reply)
-        backing_open = 0x4010E501  # FUSE_DEV_IOC_BACKING_OPEN, struct fuse_backing_map
-        try:
-            fcntl.ioctl(device, backing_open, struct.pack("iIQ", fd, 0, 0))
-        except OSError as e:
-            raise _BackingRefusedError(offered, e.errno or errno.EIO) from e
-        return offered
-    finally:
-        os.close(device)
+    return trial.connect(fd) if has_cap_sys_admin() else Trial()
 
 
 def _read(path: str | Path) -> str:
