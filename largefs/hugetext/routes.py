@@ -73,7 +73,8 @@ def probe(store_dir: str | os.PathLike[str], offered: int | None = None) -> Prob
     `offered`: the INIT flags of a connection that is already there; else they are asked for, which
     takes CAP_SYS_ADMIN.
     """
-    with _trial_file(store_dir) as (fd, writers_seen):
+    with _trial_file(store_dir) as fd:
+        writers_seen = _try_writer(fd)
         warmed = _try_warm(fd)
         fuse = _try_fuse(fd)
         collapse_error = _try_collapse(fd)
@@ -220,22 +221,37 @@ def _collapse(error: int, fstype: str) -> Offer:
 
 
 @contextmanager
-def _trial_file(directory: str | os.PathLike[str]) -> Iterator[tuple[int, bool]]:
+def _trial_file(directory: str | os.PathLike[str]) -> Iterator[int]:
     """A descriptor, for reading only, of a file of incompressible data that has no name, and belongs to
-    the owner of the directory; and whether has_writer() told a shared mapping of it from none.
+    the owner of the directory.
     """
-    with contextlib.ExitStack() as stack:
-        with tempfile.TemporaryFile(dir=directory) as writer:
-            writer.write(os.urandom(_TRIAL_SIZE))
-            writer.flush()
-            with contextlib.suppress(OSError):
-                os.fchown(writer.fileno(), os.stat(directory).st_uid, -1)
-            reader = os.open(f"/proc/self/fd/{writer.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, reader)
-            with warm.mapped(writer.fileno(), 0, PMD, mmap.PROT_READ | mmap.PROT_WRITE):
-                writer.close()
-                seen = has_writer(reader)
-        yield reader, seen and not has_writer(reader)
+    with tempfile.TemporaryFile(dir=directory) as writer:
+        writer.write(os.urandom(_TRIAL_SIZE))
+        writer.flush()
+        with contextlib.suppress(OSError):
+            os.fchown(writer.fileno(), os.stat(directory).st_uid, -1)
+        reader = _reopen(writer.fileno(), os.O_RDONLY)
+    try:
+        yield reader
+    finally:
+        os.close(reader)
+
+
+def _reopen(fd: int, flags: int) -> int:
+    """open(2) of an open file that may have no name."""
+    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+
+
+def _try_writer(fd: int) -> bool:
+    """Whether has_writer() tells a shared mapping of the file, which outlives its descriptor, from none."""
+    with contextlib.ExitStack() as mapped:
+        writer = _reopen(fd, os.O_RDWR)
+        try:
+            mapped.enter_context(warm.mapped(writer, 0, PMD, mmap.PROT_READ | mmap.PROT_WRITE))
+        finally:
+            os.close(writer)
+        seen = has_writer(fd)
+    return seen and not has_writer(fd)
 
 
 @dataclass(frozen=True, slots=True)
