@@ -13,7 +13,8 @@ Unavailable, or `negotiated` stays None, pyfuse3 and libfuse do what they do wit
 With a channel, the handlers of readdir and fsyncdir get the directory's node id for `fh` where its
 handle is 0: so opendir may answer ENOSYS, and the kernel opens directories by itself from then on.
 
-protocol.py has the messages, operations.py the dispatch of those that pyfuse3 does not know.
+protocol.py has the messages, operations.py the dispatch of those that pyfuse3 does not know, trial.py
+a connection that only finds out what the kernel offers.
 """
 
 import ctypes
