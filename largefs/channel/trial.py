@@ -20,6 +20,15 @@ _MS_PRIVATE = 1 << 18  # linux/mount.h
 _BACKING_OPEN = 0x4010E501  # FUSE_DEV_IOC_BACKING_OPEN, which takes a struct fuse_backing_map
 
 
+def max_pages_limit() -> int | None:
+    """fs.fuse.max_pages_limit, in pages; None before Linux 6.13, where it is MAX_MAX_PAGES."""
+    try:
+        with open("/proc/sys/fs/fuse/max_pages_limit", encoding="ascii") as f:
+            return int(f.read())
+    except OSError:
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class Trial:
     """What came of it."""

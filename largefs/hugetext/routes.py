@@ -13,13 +13,12 @@ import platform
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from largefs.channel import trial
-from largefs.channel.protocol import LARGE_FOLIOS, PASSTHROUGH
+from largefs.channel.protocol import LARGE_FOLIOS, MAX_MAX_PAGES, PASSTHROUGH
 from largefs.channel.trial import Trial
 from largefs.hugetext import mappings, warm
 from largefs.hugetext.mappings import PMD
@@ -108,12 +107,6 @@ def has_cap_sys_admin() -> bool:
     return whole and effective is not None and bool(int(effective[1], 16) >> _CAP_SYS_ADMIN & 1)
 
 
-def max_pages_limit() -> int | None:
-    """fs.fuse.max_pages_limit, in pages; None before Linux 6.13, where it is 256."""
-    text = _read("/proc/sys/fs/fuse/max_pages_limit")
-    return int(text) if text else None
-
-
 def filesystem_type(path: str | os.PathLike[str]) -> str:
     """Type of the filesystem that holds `path`, as in mountinfo; 'unknown' if not found."""
     inside = os.path.realpath(path)
@@ -192,7 +185,7 @@ def _folio(offered: int | None) -> Offer:
             "this kernel's FUSE does not offer large folios",
             "run a kernel with the patches in kernel-patch/",
         )
-    limit = max_pages_limit() or 256
+    limit = trial.max_pages_limit() or MAX_MAX_PAGES
     if limit < PMD // mappings.PAGE:
         return Offer(
             Route.FOLIO,
@@ -220,7 +213,7 @@ def _collapse(error: int, fstype: str) -> Offer:
     return Offer(Route.COLLAPSE, True, "MADV_COLLAPSE works on files")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _trial_file(directory: str | os.PathLike[str]) -> Iterator[int]:
     """A descriptor, for reading only, of a file of incompressible data that has no name, and belongs to
     the owner of the directory.

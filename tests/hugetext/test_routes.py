@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from largefs.channel.protocol import LARGE_FOLIOS, PASSTHROUGH
+from largefs.channel.protocol import LARGE_FOLIOS, MAX_MAX_PAGES, PASSTHROUGH
+from largefs.channel.trial import max_pages_limit
 from largefs.hugetext import routes, warm
 from largefs.hugetext.routes import Offer, Probe, Route, probe
 from tests.hugetext.support import mounted
@@ -132,7 +133,7 @@ def test_kernel_that_does_not_offer_passthrough(disk: Path) -> None:
 def test_folio_needs_requests_of_2_mib(disk: Path) -> None:
     found = probe(disk, offered=LARGE_FOLIOS)
     folio = offer(found, Route.FOLIO)
-    assert folio.works == ((routes.max_pages_limit() or 256) >= 512)
+    assert folio.works == ((max_pages_limit() or MAX_MAX_PAGES) >= 512)
     assert not offer(probe(disk, offered=0), Route.FOLIO).works
 
 
