@@ -113,7 +113,7 @@ class Mount:
         if not self.log.exists():
             return []
         lines = [s for s in self.log.read_text().splitlines() if s.strip()]
-        bad = [s for s in lines if not re.match(r"largefs\[\d+\]: (INFO|DEBUG): ", s)]
+        bad = [s for s in lines if not re.match(r"\S+ largefs\[\d+\]: (INFO|DEBUG): ", s)]
         return [s for s in bad if not any(re.search(e, s) for e in self.expected)]
 
 

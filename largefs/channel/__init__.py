@@ -13,7 +13,8 @@ Unavailable, or `negotiated` stays None, pyfuse3 and libfuse do what they do wit
 With a channel, the handlers of readdir and fsyncdir get the directory's node id for `fh` where its
 handle is 0: so opendir may answer ENOSYS, and the kernel opens directories by itself from then on.
 
-protocol.py has the messages, operations.py the dispatch of those that pyfuse3 does not know.
+protocol.py has the messages, operations.py the dispatch of those that pyfuse3 does not know, trial.py
+a connection that only finds out what the kernel offers.
 """
 
 import ctypes
@@ -27,6 +28,7 @@ import trio
 
 from largefs.channel import protocol
 from largefs.channel.protocol import Negotiated, Wanted
+from largefs.channel.trial import max_pages_limit
 
 __all__ = ["Channel", "Negotiated", "Unavailable", "Wanted", "load"]
 
@@ -65,7 +67,7 @@ class Channel:
             request,
             reply,
             self._wanted,
-            pages_limit=_pages_limit(),
+            pages_limit=max_pages_limit() or protocol.MAX_MAX_PAGES,
             page_size=os.sysconf("SC_PAGESIZE"),
         )
         if self.negotiated is None:
@@ -141,12 +143,3 @@ def load() -> Channel:
             raise Unavailable(f"pyfuse3's libfuse is not to be found: {e}") from e
         _channel = Channel(companion)
     return _channel
-
-
-def _pages_limit() -> int:
-    """fs.fuse.max_pages_limit, in pages."""
-    try:
-        with open("/proc/sys/fs/fuse/max_pages_limit", encoding="ascii") as f:
-            return int(f.read())
-    except OSError:
-        return protocol.MAX_MAX_PAGES

@@ -46,15 +46,75 @@ IN_HEADER: Final = struct.Struct("=IIQQIIIHH")
 OUT_HEADER: Final = struct.Struct("=IiQ")
 """len, error, unique"""
 _INIT_IN: Final = struct.Struct("=IIIII")
-"""major, minor, max_readahead, flags, flags2"""
 _INIT_OUT: Final = struct.Struct("=IIIIHHIIHHIIH22x")
-"""major, minor, max_readahead, flags, max_background, congestion_threshold, max_write, time_gran,
-max_pages, map_alignment, flags2, max_stack_depth, request_timeout, unused"""
+
+_VERSION: Final = 7
+"""The protocol's major version."""
 
 MAX_MAX_PAGES: Final = 256
 """The kernel's limit where there is no fs.fuse.max_pages_limit (before Linux 6.13)."""
 DEFAULT_PAGES: Final = 32
 """What a request may carry where max_pages is not negotiated (before Linux 4.20)."""
+
+
+class InitIn(NamedTuple):
+    """The body of INIT's request: struct fuse_init_in, the fields of _INIT_IN."""
+
+    major: int
+    minor: int
+    max_readahead: int
+    flags: int
+    flags2: int
+
+    @classmethod
+    def unpack(cls, body: bytes) -> "InitIn":
+        """Read it; `body` has at least 16 bytes, which end before flags2, as kernels before 5.17 send."""
+        return cls._make(_INIT_IN.unpack(body[: _INIT_IN.size].ljust(_INIT_IN.size, b"\0")))
+
+    @property
+    def flags64(self) -> int:
+        """What the kernel offers: flags and, from bit 32 on, flags2."""
+        return _flags64(self.flags, self.flags2)
+
+
+class InitOut(NamedTuple):
+    """The body of INIT's reply: struct fuse_init_out, the fields of _INIT_OUT."""
+
+    major: int = _VERSION
+    minor: int = 0
+    max_readahead: int = 0
+    flags: int = 0
+    max_background: int = 0
+    congestion_threshold: int = 0
+    max_write: int = 0
+    time_gran: int = 1
+    max_pages: int = 0
+    map_alignment: int = 0
+    flags2: int = 0
+    max_stack_depth: int = 0
+    request_timeout: int = 0
+
+    @classmethod
+    def unpack(cls, body: bytes) -> "InitOut":
+        """Read it; struct.error where it has another size, as before 7.23."""
+        return cls._make(_INIT_OUT.unpack(body))
+
+    def pack(self) -> bytes:
+        """Return it as the kernel reads it."""
+        return _INIT_OUT.pack(*self)
+
+    @property
+    def flags64(self) -> int:
+        """What is asked for: flags and, from bit 32 on, flags2."""
+        return _flags64(self.flags, self.flags2)
+
+    def with_flags64(self, flags: int) -> "InitOut":
+        """The same with other flags."""
+        return self._replace(flags=flags & 0xFFFFFFFF, flags2=flags >> 32)
+
+
+def _flags64(flags: int, flags2: int) -> int:
+    return flags | flags2 << 32 if flags & INIT_EXT else flags
 
 
 @dataclass(frozen=True)
@@ -118,16 +178,12 @@ def edit_init(
     if len(request) < body + 16 or len(reply) != head + _INIT_OUT.size:
         return reply, None
     _, error, _ = OUT_HEADER.unpack_from(reply)
-    asked = request[body : body + _INIT_IN.size].ljust(_INIT_IN.size, b"\0")
-    kernel_major, kernel_minor, _, offered, offered2 = _INIT_IN.unpack(asked)
-    fields = list(_INIT_OUT.unpack_from(reply, head))
-    if error or kernel_major != 7 or fields[0] != 7:
+    asked, answer = InitIn.unpack(request[body:]), InitOut.unpack(reply[head:])
+    if error or asked.major != _VERSION or answer.major != _VERSION:
         return reply, None
-    if offered & INIT_EXT:
-        offered |= offered2 << 32
-    flags = fields[3] | (fields[10] << 32 if fields[3] & INIT_EXT else 0)
+    offered = asked.flags64
 
-    flags = _flags(flags, offered, wanted)
+    flags = _flags(answer.flags64, offered, wanted)
     if offered & MAX_PAGES:
         limit = pages_limit
         max_pages = max(1, min(-(-wanted.max_write // page_size), limit, 0xFFFF))
@@ -135,14 +191,13 @@ def edit_init(
         max_pages = DEFAULT_PAGES
     max_write = max(4096, min(wanted.max_write, max_pages * page_size))
 
-    fields[3] = flags & 0xFFFFFFFF
-    fields[6] = max_write
-    fields[8] = max_pages if offered & MAX_PAGES else 0
-    fields[10] = flags >> 32
+    answer = answer.with_flags64(flags)._replace(
+        max_write=max_write, max_pages=max_pages if offered & MAX_PAGES else 0
+    )
     if flags & PASSTHROUGH:
-        fields[11] = wanted.max_stack_depth
-    return reply[:head] + _INIT_OUT.pack(*fields), Negotiated(
-        minor=min(kernel_minor, fields[1]),
+        answer = answer._replace(max_stack_depth=wanted.max_stack_depth)
+    return reply[:head] + answer.pack(), Negotiated(
+        minor=min(asked.minor, answer.minor),
         max_write=max_write,
         max_pages=max_pages,
         flags=flags,

@@ -21,6 +21,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
+from largefs.channel.trial import max_pages_limit
 from largefs.cli.arguments import json_option
 from largefs.cli.errors import CANNOT_RUN, die, explained
 from largefs.cli.output import show, size
@@ -250,7 +251,7 @@ def _free_huge_memory() -> Iterator[Finding]:
 
 
 def _max_pages() -> Iterator[Finding]:
-    limit = routes.max_pages_limit()
+    limit = max_pages_limit()
     wanted = PMD // os.sysconf("SC_PAGE_SIZE")
     if limit is None:
         yield Finding("ok", "request size", "up to 1 MiB; 2 MiB needs Linux 6.13")

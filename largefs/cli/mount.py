@@ -25,6 +25,9 @@ USAGE, SYSTEM, FAILURE = 1, 2, 32
 LOG_SIZE = 1 << 20
 """Bytes of STORE/log before it is moved to STORE/log.1, which goes the time after."""
 
+PRIORITY = {logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+"""syslog(3)'s, for what is more than information (6)."""
+
 
 @click.command("mount", short_help="Mount a store.")
 @click.argument("store", type=PATH)
@@ -74,7 +77,8 @@ def _serve(
     def ready(said: str) -> None:
         nonlocal report
         if foreground:
-            print(f"largefs: mounted at {mountpoint}: {said}", file=sys.stderr)
+            if options.log is not None:  # else the log's own line is there to see
+                print(f"largefs: mounted at {mountpoint}: {said}", file=sys.stderr)
             _notify_systemd(f"READY=1\nSTATUS={said}")
         else:
             os.write(report, b"+" + os.fsencode(said))
@@ -159,25 +163,40 @@ def _detach_output() -> None:
 def _log_to(file: Path | None, store: Path, *, foreground: bool) -> None:
     """Where messages go: a file that is named; stderr in the foreground; the system log; STORE/log."""
     handler: logging.Handler
+    form = "largefs[%(process)d]: %(levelname)s: %(message)s"
     if file is not None:
         handler = logging.FileHandler(file)
+        form = f"%(asctime)s {form}"
     elif foreground:
         handler = logging.StreamHandler()
+        if _is_the_journal(sys.stderr.fileno()):
+            form = "<%(priority)d>%(message)s"  # sd-daemon(3); the journal adds who and when
     elif Path("/dev/log").exists():
         handler = logging.handlers.SysLogHandler("/dev/log", "daemon")
     else:
         handler = logging.handlers.RotatingFileHandler(
             store / "log", maxBytes=LOG_SIZE, backupCount=1, delay=True
         )
+        form = f"%(asctime)s {form}"
     handler.addFilter(_printable)
-    handler.setFormatter(logging.Formatter("largefs[%(process)d]: %(levelname)s: %(message)s"))
+    handler.setFormatter(logging.Formatter(form, "%Y-%m-%dT%H:%M:%S%z"))
     logging.basicConfig(handlers=[handler], level=logging.INFO)
 
 
+def _is_the_journal(fd: int) -> bool:
+    """Whether systemd takes to its journal what is written there (JOURNAL_STREAM in systemd.exec(5))."""
+    st = os.fstat(fd)
+    return os.environ.get("JOURNAL_STREAM") == f"{st.st_dev}:{st.st_ino}"
+
+
 def _printable(record: logging.LogRecord) -> bool:
-    """Escape what is not text in a message, as in a path: else no handler could write it."""
+    """Escape what is not text in a message, as in a path: else no handler could write it.
+
+    And give the record its `priority`, one of syslog(3).
+    """
     record.msg = record.getMessage().encode(errors="backslashreplace").decode()
     record.args = ()
+    record.priority = PRIORITY.get(record.levelno, 6)
     return True
 
 

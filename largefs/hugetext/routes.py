@@ -6,31 +6,25 @@ Nothing of it remains. docs/routes.md tells users the rules.
 """
 
 import contextlib
-import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import platform
 import re
-import struct
 import tempfile
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from largefs.channel import trial
+from largefs.channel.protocol import LARGE_FOLIOS, MAX_MAX_PAGES, PASSTHROUGH
+from largefs.channel.trial import Trial
 from largefs.hugetext import mappings, warm
 from largefs.hugetext.mappings import PMD
 from largefs.store.backing import has_writer
 
 THP = Path("/sys/kernel/mm/transparent_hugepage")
-
-# FUSE INIT flags, include/uapi/linux/fuse.h; the last is that of kernel-patch/, from the top of the
-# free range.
-FUSE_INIT_EXT, FUSE_PASSTHROUGH, FUSE_LARGE_FOLIOS = 1 << 30, 1 << 37, 1 << 62
 
 _TRIAL_SIZE = 2 * PMD
 _CAP_SYS_ADMIN = 21
@@ -78,7 +72,8 @@ def probe(store_dir: str | os.PathLike[str], offered: int | None = None) -> Prob
     `offered`: the INIT flags of a connection that is already there; else they are asked for, which
     takes CAP_SYS_ADMIN.
     """
-    with _trial_file(store_dir) as (fd, writers_seen):
+    with _trial_file(store_dir) as fd:
+        writers_seen = _try_writer(fd)
         warmed = _try_warm(fd)
         fuse = _try_fuse(fd)
         collapse_error = _try_collapse(fd)
@@ -112,12 +107,6 @@ def has_cap_sys_admin() -> bool:
     return whole and effective is not None and bool(int(effective[1], 16) >> _CAP_SYS_ADMIN & 1)
 
 
-def max_pages_limit() -> int | None:
-    """fs.fuse.max_pages_limit, in pages; None before Linux 6.13, where it is 256."""
-    text = _read("/proc/sys/fs/fuse/max_pages_limit")
-    return int(text) if text else None
-
-
 def filesystem_type(path: str | os.PathLike[str]) -> str:
     """Type of the filesystem that holds `path`, as in mountinfo; 'unknown' if not found."""
     inside = os.path.realpath(path)
@@ -141,25 +130,25 @@ def _filesystem_type_outside(path: str) -> str:
 
 
 def _passthrough(
-    offered: int | None, warmed: "_Warmed", fuse: "_Fuse", fstype: str, writers_seen: bool
+    offered: int | None, warmed: "_Warmed", fuse: Trial, fstype: str, writers_seen: bool
 ) -> Offer:
     def closed(reason: str, remedy: str) -> Offer:
         return Offer(Route.PASSTHROUGH, False, reason, remedy)
 
-    if (offered is not None and not offered & FUSE_PASSTHROUGH) or kernel_version() < (6, 9):
+    if (offered is not None and not offered & PASSTHROUGH) or kernel_version() < (6, 9):
         return closed(
             "this kernel's FUSE has no passthrough",
             "run Linux 6.9 or later with CONFIG_FUSE_PASSTHROUGH",
         )
     if not has_cap_sys_admin():
         return closed("no CAP_SYS_ADMIN in the initial user namespace", "mount as root")
-    if fuse.backing_error == errno.ELOOP:
+    if fuse.error == errno.ELOOP:
         return closed(
             f"the store's filesystem ({fstype}) is stacked on another",
             "put the store on ext4, xfs or tmpfs itself",
         )
-    if fuse.backing_error:
-        return closed(f"trial of a backing file: {os.strerror(fuse.backing_error)}", "")
+    if fuse.error:
+        return closed(f"trial of a backing file: {os.strerror(fuse.error)}", "")
     if not writers_seen:
         return closed(
             f"on the store's filesystem ({fstype}) read leases do not tell who still writes a file",
@@ -189,14 +178,14 @@ def _folio(offered: int | None) -> Offer:
         return Offer(
             Route.FOLIO, False, "what the kernel's FUSE offers is not known", "ask as root"
         )
-    if not offered & FUSE_LARGE_FOLIOS:
+    if not offered & LARGE_FOLIOS:
         return Offer(
             Route.FOLIO,
             False,
             "this kernel's FUSE does not offer large folios",
             "run a kernel with the patches in kernel-patch/",
         )
-    limit = max_pages_limit() or 256
+    limit = trial.max_pages_limit() or MAX_MAX_PAGES
     if limit < PMD // mappings.PAGE:
         return Offer(
             Route.FOLIO,
@@ -224,23 +213,38 @@ def _collapse(error: int, fstype: str) -> Offer:
     return Offer(Route.COLLAPSE, True, "MADV_COLLAPSE works on files")
 
 
-@contextmanager
-def _trial_file(directory: str | os.PathLike[str]) -> Iterator[tuple[int, bool]]:
+@contextlib.contextmanager
+def _trial_file(directory: str | os.PathLike[str]) -> Iterator[int]:
     """A descriptor, for reading only, of a file of incompressible data that has no name, and belongs to
-    the owner of the directory; and whether has_writer() told a shared mapping of it from none.
+    the owner of the directory.
     """
-    with contextlib.ExitStack() as stack:
-        with tempfile.TemporaryFile(dir=directory) as writer:
-            writer.write(os.urandom(_TRIAL_SIZE))
-            writer.flush()
-            with contextlib.suppress(OSError):
-                os.fchown(writer.fileno(), os.stat(directory).st_uid, -1)
-            reader = os.open(f"/proc/self/fd/{writer.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, reader)
-            with warm.mapped(writer.fileno(), 0, PMD, mmap.PROT_READ | mmap.PROT_WRITE):
-                writer.close()
-                seen = has_writer(reader)
-        yield reader, seen and not has_writer(reader)
+    with tempfile.TemporaryFile(dir=directory) as writer:
+        writer.write(os.urandom(_TRIAL_SIZE))
+        writer.flush()
+        with contextlib.suppress(OSError):
+            os.fchown(writer.fileno(), os.stat(directory).st_uid, -1)
+        reader = _reopen(writer.fileno(), os.O_RDONLY)
+    try:
+        yield reader
+    finally:
+        os.close(reader)
+
+
+def _reopen(fd: int, flags: int) -> int:
+    """open(2) of an open file that may have no name."""
+    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+
+
+def _try_writer(fd: int) -> bool:
+    """Whether has_writer() tells a shared mapping of the file, which outlives its descriptor, from none."""
+    with contextlib.ExitStack() as mapped:
+        writer = _reopen(fd, os.O_RDWR)
+        try:
+            mapped.enter_context(warm.mapped(writer, 0, PMD, mmap.PROT_READ | mmap.PROT_WRITE))
+        finally:
+            os.close(writer)
+        seen = has_writer(fd)
+    return seen and not has_writer(fd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,112 +271,11 @@ def _try_collapse(fd: int) -> int:
     return 0
 
 
-@dataclass(slots=True)
-class _Fuse:
-    offered: int | None = None
-    registered: bool = False
-    backing_error: int = 0
-
-
-def _try_fuse(fd: int) -> _Fuse:
+def _try_fuse(fd: int) -> Trial:
     """What FUSE offers, and whether it takes `fd` as a backing file; with no privilege, nothing is
     known.
     """
-    result = _Fuse()
-    if not has_cap_sys_admin():
-        return result
-    try:
-        result.offered = _in_own_namespace(fd)
-        result.registered = bool(result.offered & FUSE_PASSTHROUGH)
-    except _BackingRefusedError as e:
-        result.offered, result.backing_error = e.offered, e.number
-    except OSError as e:
-        result.backing_error = e.errno or errno.EIO
-    return result
-
-
-class _BackingRefusedError(Exception):
-    def __init__(self, offered: int, number: int) -> None:
-        self.offered, self.number = offered, number
-
-
-def _in_own_namespace(fd: int) -> int:
-    """_connect() in a thread with a mount namespace of its own, which ends with it and takes the
-    mount along.
-    """
-    outcome: list[int | BaseException] = []
-
-    def run() -> None:
-        try:
-            outcome.append(_connect(fd))
-        except (OSError, _BackingRefusedError) as e:
-            outcome.append(e)
-
-    thread = threading.Thread(target=run, name="largefs-probe")
-    thread.start()
-    thread.join()
-    if not outcome:
-        raise OSError(errno.EIO, "the trial of FUSE ended early")
-    result = outcome[0]
-    if isinstance(result, BaseException):
-        raise result
-    return result
-
-
-def _connect(fd: int) -> int:
-    """Mount FUSE, answer INIT with passthrough, register `fd`; return the flags that were
-    offered.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    clone_newns, ms_private = 0x20000, 1 << 18
-
-    def check(result: int) -> None:
-        if result:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-    device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        check(libc.unshare(clone_newns))
-        # Any mountpoint will do: nobody else sees this mount, and nothing is looked up in it. The
-        # root is none in a chroot.
-        check(libc.mount(None, b"/proc", None, ctypes.c_ulong(ms_private), None))
-        options = f"fd={device},rootmode=40000,user_id=0,group_id=0".encode()
-        check(libc.mount(b"largefs-probe", b"/proc", b"fuse", ctypes.c_ulong(0), options))
-        request = os.read(device, 1 << 16)
-        unique, flags = (
-            struct.unpack_from("8xQ", request)[0],
-            struct.unpack_from("I", request, 52)[0],
-        )
-        flags2 = struct.unpack_from("I", request, 56)[0] if flags & FUSE_INIT_EXT else 0
-        offered = int(flags | flags2 << 32)
-        if not offered & FUSE_PASSTHROUGH:
-            return offered
-        # struct fuse_init_out: 7.40, flags, max_write, time_gran, max_pages, flags2,
-        # max_stack_depth
-        reply = struct.pack(
-            "4I2H2I2H2I24x",
-            7,
-            40,
-            0,
-            FUSE_INIT_EXT,
-            0,
-            0,
-            1 << 17,
-            1,
-            32,
-            0,
-            FUSE_PASSTHROUGH >> 32,
-            1,  # on nothing that is stacked: an overlay's file does not tell who maps the one below
-        )
-        os.write(device, struct.pack("IiQ", 16 + len(reply), 0, unique) + reply)
-        backing_open = 0x4010E501  # FUSE_DEV_IOC_BACKING_OPEN, struct fuse_backing_map
-        try:
-            fcntl.ioctl(device, backing_open, struct.pack("iIQ", fd, 0, 0))
-        except OSError as e:
-            raise _BackingRefusedError(offered, e.errno or errno.EIO) from e
-        return offered
-    finally:
-        os.close(device)
+    return trial.connect(fd) if has_cap_sys_admin() else Trial()
 
 
 def _read(path: str | Path) -> str:

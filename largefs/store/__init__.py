@@ -4,7 +4,7 @@ schema.py   the tables of meta.db, and what every column means
 store.py    a store that is open: inodes, names, attributes, commits
 backing.py  the files under extents/, and the checksums of their extents
 owner.py    who holds a store, across hosts
-check.py    finds and repairs damage
+check/      finds and repairs damage
 """
 
 from largefs.store.backing import EXTENT_SIZE

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from largefs.channel.protocol import LARGE_FOLIOS, MAX_MAX_PAGES, PASSTHROUGH
+from largefs.channel.trial import max_pages_limit
 from largefs.hugetext import routes, warm
-from largefs.hugetext.routes import FUSE_LARGE_FOLIOS, FUSE_PASSTHROUGH, Offer, Probe, Route, probe
+from largefs.hugetext.routes import Offer, Probe, Route, probe
 from tests.hugetext.support import mounted
 from tests.mounts import Mounts, largefs
 from tests.users import NOBODY, become
@@ -32,7 +34,7 @@ def offer(found: Probe, route: Route) -> Offer:
 def test_passthrough_works(fstype: str, filesystem: Callable[[str], Path], disk: Path) -> None:
     found = probe(disk if fstype == "host" else filesystem(fstype))
     assert found.best.route is Route.PASSTHROUGH
-    assert found.offered is not None and found.offered & FUSE_PASSTHROUGH
+    assert found.offered is not None and found.offered & PASSTHROUGH
     assert found.backing
 
 
@@ -129,9 +131,9 @@ def test_kernel_that_does_not_offer_passthrough(disk: Path) -> None:
 
 
 def test_folio_needs_requests_of_2_mib(disk: Path) -> None:
-    found = probe(disk, offered=FUSE_LARGE_FOLIOS)
+    found = probe(disk, offered=LARGE_FOLIOS)
     folio = offer(found, Route.FOLIO)
-    assert folio.works == ((routes.max_pages_limit() or 256) >= 512)
+    assert folio.works == ((max_pages_limit() or MAX_MAX_PAGES) >= 512)
     assert not offer(probe(disk, offered=0), Route.FOLIO).works
 
 

@@ -1,9 +1,11 @@
 """The units, and the protocol between the daemon and systemd (sd_notify(3))."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,36 @@ import pytest
 from tests.installed import CHECKOUT
 from tests.mount_helpers.conftest import Shell
 from tests.mounts import LARGEFS, reason_not_to_mount
+
+
+def test_messages_to_the_journal_have_its_priorities(here: Path, store: Path) -> None:
+    """And neither name nor time, which the journal adds (sd-daemon(3)); elsewhere they have a name."""
+    if reason := reason_not_to_mount():
+        pytest.skip(reason)
+    for name in ("journal", "terminal"):
+        with open(here / name, "w") as log:
+            st = os.fstat(log.fileno())
+            daemon = subprocess.Popen(
+                [LARGEFS, "mount", "-f", store, here / "mnt"],
+                env={
+                    **os.environ,
+                    "JOURNAL_STREAM": f"{st.st_dev}:{st.st_ino + (name != 'journal')}",
+                },
+                stderr=log,
+            )
+        try:
+            deadline = time.monotonic() + 20
+            while "mounted at" not in (here / name).read_text():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        finally:
+            daemon.terminate()
+            assert daemon.wait(20) == 0
+    store_mounted = rf"{re.escape(str(store))}: mounted at {re.escape(str(here / 'mnt'))}; "
+    assert re.match(f"<6>{store_mounted}", (here / "journal").read_text())
+    assert re.match(
+        rf"largefs\[{daemon.pid}\]: INFO: {store_mounted}", (here / "terminal").read_text()
+    )
 
 
 @pytest.mark.parametrize("abstract", [False, True])

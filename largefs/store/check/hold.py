@@ -1,0 +1,91 @@
+"""How a check holds a store: nobody else may use it, and without repair no byte of it changes.
+
+That includes what SQLite would do by itself: the log that a crash left is read, but neither merged
+nor removed.
+"""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import apsw
+
+from largefs.store import owner
+from largefs.store.check.report import Report
+from largefs.store.errors import BusyError, RestoredError, StoreError
+from largefs.store.store import Store, connect, read_format
+
+
+@contextlib.contextmanager
+def hold(path: Path, *, repair: bool) -> Iterator[apsw.Connection]:
+    """Keep others from a store and give its database: to look at only, or to repair."""
+    meta = path / "meta.db"
+    read_format(meta)
+    if other := owner.foreign_and_alive(path):
+        raise BusyError(f"{path}: in use: {other}; end that first")
+    if repair:
+        with contextlib.closing(connect(meta)) as db:
+            holder = owner.Holder(path, "check --repair")
+            try:
+                yield db
+            finally:
+                holder.release()
+        return
+    with _to_look_at(meta) as db:
+        yield db
+
+
+def put_in_order(path: Path, report: Report) -> None:
+    """Before a repair: have the store recover from a crash, as a mount would."""
+    with hold(path, repair=True) as db:
+        try:
+            clean = db.execute("SELECT clean FROM superblock").fetchone()
+            sound = db.execute("PRAGMA integrity_check(1)").fetchone() == ("ok",)
+        except apsw.SQLError:
+            return  # no such table: the check will say so
+    if not sound or clean is None or clean[0]:
+        return
+    try:
+        with Store.open(path, "check --repair"):
+            pass
+        report.notes.append("it was not closed; it has been put in order, as a mount does")
+    except BusyError:
+        raise
+    except RestoredError:
+        pass  # the check says so
+    except StoreError as e:
+        report.notes.append(f"it was not closed, and cannot be put in order yet: {e}")
+
+
+@contextlib.contextmanager
+def _to_look_at(meta: Path) -> Iterator[apsw.Connection]:
+    """Open a database so that no byte of it changes; what is only in its log (WAL) is seen as well."""
+    if not os.access(meta, os.W_OK):  # a disk that went read-only cannot be locked, either
+        with tempfile.TemporaryDirectory(prefix="largefs-check-") as copy:
+            for file in (meta, _log_of(meta)):
+                if file.exists():
+                    shutil.copy(file, copy)
+            with _to_look_at(Path(copy) / meta.name) as db:
+                yield db
+        return
+    has_log = _log_of(meta).exists()
+    db = apsw.Connection(str(meta), flags=apsw.SQLITE_OPEN_READWRITE)
+    try:
+        if has_log:  # closing would move the log into the database and remove it
+            yes = ctypes.c_int(1)
+            db.file_control("main", apsw.SQLITE_FCNTL_PERSIST_WAL, ctypes.addressof(yes))
+            db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        db.pragma("locking_mode", "exclusive")
+        db.execute("BEGIN IMMEDIATE; ROLLBACK")
+        db.pragma("cache_spill", False)  # a transaction that is rolled back leaves no trace
+        yield db
+    finally:
+        db.close()
+
+
+def _log_of(meta: Path) -> Path:
+    return meta.with_name(meta.name + "-wal")
