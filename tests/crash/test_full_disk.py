@@ -174,7 +174,8 @@ def test_a_repair_without_room_changes_nothing(small_disk: Disk, tmp_path: Path)
         db.execute("DELETE FROM dentries")
     before = (store / "meta.db").read_bytes()
     ballast = small_disk.fill(leave=64 << 10)
-    refused("check", store, "--repair", code=8, says=f"largefs: {store}: ")
+    full = f"largefs: {store}: its disk is full; make room there and try again\n"
+    refused("check", store, "--repair", code=8, says=full)
     assert sorted(os.listdir(store)) == ["extents", "meta.db"]
     assert (store / "meta.db").read_bytes() == before
     ballast.unlink()
