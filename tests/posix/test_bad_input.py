@@ -186,7 +186,7 @@ def test_a_fuse_device_of_others(public: Path, command: tuple[str, ...]) -> None
         "import importlib; from tests.users import NOBODY, become\n"
         "from largefs.cli.commands import COMMANDS, cli, run\n"
         "for name in COMMANDS.values(): importlib.import_module(f'largefs.cli.{name}')\n"
-        "import largefs.filesystem.daemon, largefs.filesystem.options, pyfuse3, encodings.idna, sys\n"
+        "import largefs.filesystem.daemon, largefs.filesystem.options, pyfuse3, encodings.ascii, sys\n"
         "become(NOBODY)\n"
         f"cli.main(['mkfs', '{places['store']}'], standalone_mode=False)\n"
         f"sys.argv[1:] = {[word.format(**places) for word in command]!r}\n"
