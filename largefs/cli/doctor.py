@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import click
@@ -22,9 +23,11 @@ from rich.table import Table
 
 from largefs.channel.trial import max_pages_limit
 from largefs.cli.arguments import json_option
+from largefs.cli.errors import CANNOT_RUN, die, explained
 from largefs.cli.output import show, size
-from largefs.hugetext import routes
+from largefs.hugetext import mappings, routes
 from largefs.hugetext.mappings import PMD
+from largefs.store.store import read_format
 
 JSON_SCHEMA = "largefs-doctor-1"
 
@@ -49,15 +52,13 @@ def command(store: str | None, as_json: bool) -> None:
     """Explain which route to 2 MiB pages this machine has, why, and what would give a better one.
 
     Tries things out: a 4 MiB file in STORE, removed at once, and a FUSE connection that nobody else
-    sees. Without STORE, the directory for temporary files stands for it.
+    sees. STORE may be an empty directory, too; without it, the one for temporary files stands for it.
 
     Exit code: 0 if all is fine, 1 if largefs works with losses, 2 if it cannot mount.
     """
-    if store is not None and not os.path.isdir(store):
-        raise click.UsageError(
-            f"{store}: no such directory; make a store with: largefs mkfs {store}"
-        )
-    findings, route = examine(store)
+    with explained(CANNOT_RUN):
+        _look_first(store)
+        findings, route = examine(store)
     if as_json:
         document = {
             "schema": JSON_SCHEMA,
@@ -69,6 +70,22 @@ def command(store: str | None, as_json: bool) -> None:
     else:
         _print(findings, route)
     sys.exit(exit_status(findings))
+
+
+def _look_first(store: str | None) -> None:
+    """End where there is nothing to examine, or nothing to do it with."""
+    try:
+        mappings.mounts()
+    except OSError as e:
+        die(f"{e.filename}: {e.strerror}; make it readable: mount -t proc proc /proc", CANNOT_RUN)
+    if store is None:
+        return
+    if not os.path.isdir(store):
+        if os.path.lexists(store):
+            die(f"{store}: not a directory; name a store, or an empty directory", CANNOT_RUN)
+        die(f"{store}: no such directory; make a store with: largefs mkfs {store}", CANNOT_RUN)
+    if os.listdir(store):  # else a place where a store could be made
+        read_format(Path(store) / "meta.db")
 
 
 def exit_status(findings: list[Finding]) -> int:
@@ -290,6 +307,6 @@ def _space(store: str) -> Iterator[Finding]:
         yield Finding("warn", "store", what, "free some space: an extent takes 2 MiB at a time")
     else:
         yield Finding("ok", "store", what)
-    if not os.path.exists(os.path.join(store, "meta.db")):
-        do = f"make it one: largefs mkfs {store}"
-        yield Finding("bad", "store", f"{store} is no largefs store: it has no meta.db", do)
+    if not os.listdir(store):
+        what = f"{store} is empty, so no largefs store"
+        yield Finding("bad", "store", what, f"make it one: largefs mkfs {store}")

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from largefs.cli import INTERRUPTED
 from largefs.store import StoreError
+from largefs.store.store import FULL
 
 FAILED = 1
 """Exit code of a command that could not do what it was asked, unless its help says otherwise."""
@@ -35,10 +36,9 @@ def explained(
     except StoreError as e:
         die(str(e), code)
     except OSError as e:
-        if e.filename is None:
-            die(e.strerror or str(e), code)
-        name = os.fsdecode(e.filename) if isinstance(e.filename, bytes) else e.filename
-        die(f"{name}: {e.strerror}", code)
+        where = "" if e.filename is None else f"{os.fsdecode(e.filename)}: "
+        what_to_do = "; make room there and try again" if e.errno in FULL else ""
+        die(f"{where}{e.strerror or e}{what_to_do}", code)
     except KeyboardInterrupt:
         die(*interrupted)
 

@@ -29,7 +29,8 @@ def command(source: str, directory: Path, original: bool) -> None:
     Programs get back the bytes they had before the import aligned them. The store must not be
     mounted; with --original a single file is taken from a mount.
 
-    Exit code: 0 all exported; 1 something could not be written, or the export ended early.
+    Exit code: 0 all exported; 1 something could not be written or set (as owners, by anyone but root),
+    or the export ended early.
     """
     if original:
         with explained():
@@ -57,8 +58,11 @@ def command(source: str, directory: Path, original: bool) -> None:
             raise
     for name, reason in tally.failed:
         print(f"largefs: {show(name)}: {reason}", file=sys.stderr)
+    for what, paths in tally.unset.items():
+        where = f"{show(paths[0])}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+        print(f"largefs: {where}: cannot set {what}", file=sys.stderr)
     print(f"{tally.entries} names, {size(tally.copied)} exported")
-    sys.exit(1 if tally.failed else 0)
+    sys.exit(1 if tally.failed or tally.unset else 0)
 
 
 def _export_original(file: Path, directory: Path) -> None:

@@ -3,12 +3,13 @@
 import os
 import select
 import subprocess
+import sys
 from pathlib import Path
 
 import click
 
 from largefs.cli.arguments import PATH
-from largefs.cli.errors import die
+from largefs.cli.errors import FAILED, die
 from largefs.hugetext import mappings
 from largefs.store import owner
 
@@ -40,12 +41,20 @@ def command(mountpoint: Path, lazy: bool, force: bool) -> None:
     done = subprocess.run([*tool, *options, str(mountpoint)], capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"{mountpoint}: busy"]
-        hint = f" (fuser -vm {mountpoint} tells by whom)" if "busy" in said[-1] else ""
-        die(said[-1].rstrip(".") + hint)
+        if "busy" not in said[-1]:
+            die(said[-1].rstrip("."))
+        if not force:
+            die(f"{said[-1].rstrip('.')} (fuser -vm {mountpoint} tells by whom)")
+        print(
+            f"largefs: {mountpoint}: the daemon is cut off, but programs still hold the mount; "
+            f"end them, or detach it from them: largefs umount --lazy {mountpoint}",
+            file=sys.stderr,
+        )
     if daemon >= 0 and not lazy and not select.select([daemon], [], [], PATIENCE)[0]:
         die(
             f"{store}: the daemon still writes after {PATIENCE} s; wait for it before using the store"
         )
+    sys.exit(done.returncode and FAILED)
 
 
 def _store_mounted_at(mountpoint: Path) -> str | None:

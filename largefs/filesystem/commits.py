@@ -5,7 +5,7 @@ import logging
 
 import trio
 
-from largefs.store import DiskFullError, ReadOnlyError, Store, StoreError
+from largefs.store import ReadOnlyError, Store, StoreError
 from largefs.store.store import fail
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,10 @@ class Commits:
         self._lock = trio.Lock()
 
     async def commit(self) -> None:
-        """Make every change made before this call durable; raises OSError (EROFS, ENOSPC, EIO)."""
+        """Make every change made before this call durable; raises StoreError.
+
+        OSError (EROFS) instead if it can never be done any more.
+        """
         async with self._lock:
             if not self._store.uncommitted:
                 return
@@ -32,10 +35,6 @@ class Commits:
             except ReadOnlyError as e:
                 log.critical("%s", e)
                 raise fail(errno.EROFS) from None
-            except StoreError as e:
-                log.error("%s", e)
-                full = isinstance(e, DiskFullError)
-                raise fail(errno.ENOSPC if full else errno.EIO) from None
         if self._store.to_remove:
             await trio.to_thread.run_sync(self._store.remove_dropped)
 
@@ -45,5 +44,5 @@ class Commits:
             await trio.sleep(self._interval)
             try:
                 await self.commit()
-            except OSError as e:
+            except (OSError, StoreError) as e:
                 log.error("commit failed: %s", e)

@@ -23,7 +23,7 @@ import trio
 from largefs.channel import Channel, Negotiated
 from largefs.filesystem.commits import Commits
 from largefs.hugetext import text
-from largefs.store import Inode, Store
+from largefs.store import Inode, Store, StoreError
 from largefs.store.backing import has_writer
 
 log = logging.getLogger(__name__)
@@ -236,7 +236,7 @@ class Files:
                 if has_writer(fd):
                     return False
                 self._settle(inode, fd)
-        except OSError as e:
+        except (OSError, StoreError) as e:
             log.error("inode %d: not settled: %s", inode, e)
         return True
 
@@ -262,7 +262,7 @@ class Files:
         async for inode in self._sum_queue:
             try:
                 await self._sum(inode)
-            except OSError as e:
+            except (OSError, StoreError) as e:
                 if e.errno != errno.ENOENT:
                     log.error("inode %d: no checksums: %s", inode, e)
             except Exception:  # the files after it are to be summed all the same
@@ -328,7 +328,7 @@ class Files:
             try:
                 checksums, huge = self._look_at(inode)
                 self._record_checksums(inode, checksums, huge=huge)
-            except OSError as e:
+            except (OSError, StoreError) as e:
                 log.error("inode %d: no checksums: %s", inode, e)
         self._tickets.clear()
 

@@ -79,8 +79,8 @@ def handler(method: Method[P, T]) -> Method[P, T]:
                 log.exception("%s%r failed", method.__name__, args[:2])
             raise FUSEError(e.errno or errno.EIO) from None
         except StoreError as e:
-            log.critical("%s", e)
-            raise FUSEError(errno.EIO) from None
+            log.error("%s", e)
+            raise FUSEError(e.errno) from None
         except Exception:
             log.exception("%s%r failed", method.__name__, args[:2])
             raise FUSEError(errno.EIO) from None

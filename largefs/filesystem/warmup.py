@@ -23,7 +23,7 @@ import trio
 from largefs.hugetext import collapse, text, warm
 from largefs.hugetext.eligible import Range
 from largefs.hugetext.routes import Route
-from largefs.store import Inode, Store
+from largefs.store import Inode, Store, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Warmup:
                 path = self._mountpoint + self._store.path_of(inode)
                 work = partial(self._helper.collapse, path, ranges)
             await trio.to_thread.run_sync(work, limiter=self._limiter)
-        except OSError as e:
+        except (OSError, StoreError) as e:
             if not self._stop.is_set():
                 log.warning("inode %d: warm-up failed: %s", inode, e)
         finally:

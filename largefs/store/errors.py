@@ -1,8 +1,16 @@
 """What can be wrong with a store, as one line that says what to do."""
 
+import errno
+from pathlib import Path
+
+import apsw
+
 
 class StoreError(Exception):
     """A store that cannot be used as asked. The text is one line, fit for stderr."""
+
+    errno = errno.EIO
+    """What a system call on the mounted store ends with."""
 
 
 class NotAStoreError(StoreError):
@@ -27,3 +35,18 @@ class ReadOnlyError(StoreError):
 
 class DiskFullError(StoreError):
     """There is no room to commit. Nothing is lost: it can be tried again when there is room."""
+
+    errno = errno.ENOSPC
+
+    def __init__(self, store: Path) -> None:
+        super().__init__(f"{store}: its disk is full; make room there and try again")
+
+
+def of_database(store: Path, e: apsw.Error) -> StoreError:
+    """What SQLite says of a store's meta.db that is open, as the error that the store raises."""
+    if isinstance(e, apsw.FullError):
+        return DiskFullError(store)
+    return StoreError(
+        f"{store}: meta.db cannot be read or written ({e}); see to the disk (dmesg), "
+        f"then run: largefs check {store}"
+    )

@@ -6,6 +6,7 @@ every HEARTBEAT seconds. A store whose owner is another host is taken over only 
 silent for longer than that: the rule of ext4's multiple mount protection (fs/ext4/mmp.c).
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -83,10 +84,15 @@ def foreign_and_alive(store: Path) -> Owner | None:
 
 
 def write(store: Path, owner: Owner) -> None:
-    """Record the owner; replaces what was there."""
+    """Record the owner; replaces what was there. Raises OSError, with the name."""
     temporary = store / "owner.new"
-    temporary.write_text(json.dumps(asdict(owner)) + "\n")
-    temporary.replace(store / "owner")
+    try:
+        temporary.write_text(json.dumps(asdict(owner)) + "\n")
+        temporary.replace(store / "owner")
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(e.errno, e.strerror, str(store / "owner")) from e
 
 
 class Holder:

@@ -37,6 +37,7 @@ from largefs.store.errors import (
     ReadOnlyError,
     RestoredError,
     StoreError,
+    of_database,
 )
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,10 @@ CACHE = 8 << 20
 LOG_RESERVE = 16 << 20
 """Bytes of disk that an open store holds for SQLite's log, so that a full disk can be cleared up: to
 remove a file is a change, too. Room for a checkpointed log (4 MiB) and for all of the cache."""
+
+SEE_TO_IT = "see to its disk (dmesg), then mount it or run the command again"
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # linux/fs.h
 
@@ -146,17 +151,29 @@ class Store:
         self._marked: set[int] = set()  # writing = 1 since the last commit, clean on disk
         self._dropped: list[int] = []  # to be removed after the next commit
         self.to_remove = set()
-        self._failed = False
+        self._failed = ""  # why no change is taken any more
         self._holder: owner.Holder | None = None
         self._full = False  # the last commit found no room
         self._log = -1  # SQLite's write-ahead log
         self._last = 0  # the highest inode number given by `reserve`
 
     def _one(self, query: str, *parameters: Any) -> Any:
-        return self.db.execute(query, parameters).fetchone()
+        try:
+            return self.db.execute(query, parameters).fetchone()
+        except apsw.Error as e:
+            raise of_database(self.path, e) from e
 
     def _all(self, query: str, *parameters: Any) -> Any:
-        return self.db.execute(query, parameters).fetchall()
+        with self._database():
+            return self.db.execute(query, parameters).fetchall()
+
+    @contextlib.contextmanager
+    def _database(self) -> Iterator[None]:
+        """Around what SQLite does: what it raises becomes a StoreError."""
+        try:
+            yield
+        except apsw.Error as e:
+            raise of_database(self.path, e) from e
 
     # ------------------------------------------------------------------ creation, opening, closing
 
@@ -189,6 +206,8 @@ class Store:
                 for made in path.glob("meta.db*"):
                     made.unlink()
                 shutil.rmtree(path / "extents", ignore_errors=True)
+            if _is_full(e):
+                raise DiskFullError(path) from e
             raise StoreError(f"{path}: cannot make a store here: {_reason(e)}") from e
 
     @classmethod
@@ -212,6 +231,8 @@ class Store:
                 f"{path}: in use: {holder or 'by another process'}; end that first"
             ) from None
         except apsw.Error as e:
+            if _is_full(e):
+                raise DiskFullError(path) from e
             raise StoreError(f"{path}: meta.db is damaged or unreadable: {_reason(e)}") from e
         except OSError as e:
             raise StoreError(f"{path}: extents/: {e.strerror}") from e
@@ -219,6 +240,8 @@ class Store:
             self._start(purpose)
         except BaseException as e:
             self._let_go()
+            if _is_full(e):
+                raise DiskFullError(path) from e
             if isinstance(e, (OSError, apsw.Error)):
                 raise StoreError(f"{path}: cannot open: {_reason(e)}") from e
             raise
@@ -318,8 +341,12 @@ class Store:
     def __enter__(self) -> "Store":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _: object, failure: BaseException | None, __: object) -> None:
+        try:
+            self.close()
+        except (OSError, StoreError):
+            if not isinstance(failure, (OSError, StoreError)):
+                raise  # else what failed first is what there is to say
 
     # ------------------------------------------------------------------------------- transactions
 
@@ -328,24 +355,35 @@ class Store:
         """One change of the metadata: all of what the block does, or nothing of it."""
         if self._failed:
             raise fail(errno.EROFS)
-        if not self.db.in_transaction:
-            self.db.execute("BEGIN IMMEDIATE")
-        dropped = len(self._dropped)
-        try:
-            with self.db:
-                yield
-        except BaseException as e:
-            del self._dropped[dropped:]  # their rows are back
-            if isinstance(e, apsw.Error):
-                self._check_alive()
-            if isinstance(e, apsw.FullError):
-                raise fail(errno.ENOSPC) from None
-            raise
+        with self._database():
+            if not self.db.in_transaction:
+                self.db.execute("BEGIN IMMEDIATE")
+            dropped = len(self._dropped)
+            try:
+                with self.db:
+                    try:
+                        yield
+                    except BaseException as e:
+                        self._check_alive(e)
+                        raise
+            except BaseException as e:
+                del self._dropped[dropped:]  # their rows are back
+                self._check_alive(e)
+                raise
 
-    def _check_alive(self) -> None:
-        """SQLite may have rolled back the whole transaction: then nothing we told anyone is true."""
-        if not self.db.in_transaction:
-            self._failed = True
+    def _check_alive(self, why: BaseException) -> None:
+        """SQLite may have rolled back the whole transaction: then nothing we told anyone is true.
+
+        By SQLITE_IOERR, SQLITE_FULL and the like (https://www.sqlite.org/lang_transaction.html, "Response
+        To Errors Within A Transaction"). Raises ReadOnlyError with the first reason there was.
+        """
+        if self.db.in_transaction:
+            return
+        if not self._failed:
+            reason = _reason(why.__cause__ if isinstance(why, StoreError) else why)
+            lost = f"what was changed since the last commit is lost: {reason}"
+            self._failed = f"{self.path}: {lost}; {SEE_TO_IT}"
+        raise ReadOnlyError(self._failed) from why
 
     def _check_room(self) -> None:
         """Refuse to let the changes that wait for room become more; those that free it go on."""
@@ -356,12 +394,20 @@ class Store:
                 raise fail(errno.ENOSPC) from None
 
     def _allocate_log(self, length: int) -> None:
-        """Allocate disk space for SQLite's log up to a length in bytes; raises OSError (ENOSPC)."""
+        """Allocate disk space for SQLite's log up to a length in bytes; raises OSError (ENOSPC).
+
+        Where the filesystem cannot (ext2, ext3, NFS before 4.2), see at least that there is as much now,
+        and the blocks that it takes to find it.
+        """
         try:
             backing.fallocate(self._log, backing.FALLOC_FL_KEEP_SIZE, 0, length)
         except OSError as e:
             if e.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
+            missing = length - os.fstat(self._log).st_blocks * 512
+            room = os.fstatvfs(self._log)
+            if missing > 0 and room.f_bavail * room.f_frsize < missing + missing // 64 + (64 << 10):
+                raise fail(errno.ENOSPC) from None
 
     def _make_room(self) -> None:
         """See that COMMIT cannot run out of disk space: SQLite would take the transaction back.
@@ -373,18 +419,17 @@ class Store:
         try:
             self._allocate_log(os.fstat(self._log).st_size + cached + cached // 64 + 4096)
         except OSError as e:
-            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if e.errno not in FULL:
                 raise
             self._full = True
-            raise DiskFullError(
-                f"{self.path}: the disk is full: cannot commit; make room"
-            ) from None
+            raise DiskFullError(self.path) from None
         self._full = False
 
     @property
     def uncommitted(self) -> bool:
-        """Whether there is anything for `commit` to do."""
-        return bool(self.db.in_transaction or self._settled or self._flushing or self._dropped)
+        """Whether there is anything for `commit` to do, or to complain about."""
+        waiting = self.db.in_transaction or self._settled or self._flushing or self._dropped
+        return bool(waiting or self._failed)
 
     def to_flush(self) -> list[int]:
         """First step of a commit: the inodes whose extents must be durable before it.
@@ -410,10 +455,8 @@ class Store:
         except OSError as e:
             if e.errno in (errno.EMFILE, errno.ENFILE):
                 raise StoreError(f"{self.path}: cannot commit: {_reason(e)}") from e
-            self._failed = True
-            raise ReadOnlyError(
-                f"{self.path}: data could not be written: {_reason(e)}; unmount and check the disk"
-            ) from e
+            self._failed = f"{self.path}: data could not be written: {_reason(e)}; {SEE_TO_IT}"
+            raise ReadOnlyError(self._failed) from e
 
     def finish_commit(self) -> None:
         """Third step of a commit, after the extents of `to_flush` were made durable.
@@ -421,7 +464,7 @@ class Store:
         Raises ReadOnlyError or, where trying again later can help, DiskFullError or StoreError.
         """
         if self._failed:
-            raise ReadOnlyError(f"{self.path}: an earlier write failed; unmount and check the disk")
+            raise ReadOnlyError(self._failed)
         done = [(i,) for i in self._flushing]
         try:
             if done:
@@ -431,12 +474,12 @@ class Store:
                 self._make_room()
                 self.db.execute("COMMIT")
         except (apsw.Error, OSError) as e:
-            if not self.db.in_transaction:
-                self._failed = True
-                raise ReadOnlyError(f"{self.path}: metadata lost: {_reason(e)}") from e
+            self._check_alive(e)
+            if isinstance(e, apsw.Error):
+                raise of_database(self.path, e) from e
             raise StoreError(f"{self.path}: cannot commit: {_reason(e)}") from e
         # The commit is done: this only guards against a mistake to come
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, apsw.Error):
             self.backing.record_given(given(self.db))
         self._flushing.clear()
         self._new.clear()
@@ -490,8 +533,9 @@ class Store:
 
         Rows are fetched as they are asked for; change nothing before the last one was.
         """
-        for row in self.db.execute(_LIST, (parent, after)):
-            yield Dentry(row[0], row[1], Inode._make(row[2:]))
+        with self._database():
+            for row in self.db.execute(_LIST, (parent, after)):
+                yield Dentry(row[0], row[1], Inode._make(row[2:]))
 
     def parent_of(self, directory: int) -> int:
         """The inode number of '..'; the root is its own parent."""
@@ -504,7 +548,8 @@ class Store:
 
     def path_of(self, inode: int) -> bytes:
         """One path of the inode from the root ('/…'), for messages; ENOENT for an unlinked one."""
-        path = path_of(self.db, inode)
+        with self._database():
+            path = path_of(self.db, inode)
         if path is None:
             raise fail(errno.ENOENT)
         return path
@@ -590,7 +635,8 @@ class Store:
     def reserve(self) -> int:
         """A number for an inode that `adopt` will make, never given before."""
         if not self._last:
-            self._last = given(self.db)
+            with self._database():
+                self._last = given(self.db)
         self._last += 1
         return self._last
 
@@ -910,7 +956,7 @@ def _create_metadata(path: Path, mode: int, uid: int, gid: int) -> None:
     """Make meta.db under another name and move it into place: a store exists wholly or not."""
     temporary = path / "meta.db.new"
     temporary.unlink(missing_ok=True)
-    db = apsw.Connection(str(temporary))
+    db = open_database(temporary, apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE)
     now = time.time_ns()
     try:
         schema.create(db)
@@ -976,9 +1022,26 @@ def _what_to_name(place: Path) -> str:
     return f"make one: largefs mkfs {place}"
 
 
+def open_database(file: Path, flags: int = apsw.SQLITE_OPEN_READWRITE) -> apsw.Connection:
+    """Open an SQLite database, whatever bytes its path has; raises apsw.Error.
+
+    apsw takes only text. For other paths a descriptor of the directory serves: SQLite follows symlinks
+    before it opens (unixFullPathname() in os_unix.c), so that what it keeps, and gives its log, is the
+    true path, and the descriptor may go.
+    """
+    try:
+        return apsw.Connection(str(file), flags=flags)
+    except UnicodeEncodeError:
+        directory = os.open(file.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return apsw.Connection(f"/proc/self/fd/{directory}/{file.name}", flags=flags)
+    finally:
+        os.close(directory)
+
+
 def connect(meta: Path) -> apsw.Connection:
     """Open meta.db and take its lock for as long as the connection lives; raises apsw.BusyError."""
-    db = apsw.Connection(str(meta), flags=apsw.SQLITE_OPEN_READWRITE)
+    db = open_database(meta)
     try:
         db.pragma("locking_mode", "exclusive")
         db.pragma("journal_mode", "wal")
@@ -1020,6 +1083,10 @@ def _check_name(name: bytes) -> None:
         raise fail(errno.ENAMETOOLONG)
     if not name or name in (b".", b"..") or b"/" in name or b"\0" in name:
         raise fail(errno.EINVAL)
+
+
+def _is_full(e: BaseException) -> bool:
+    return isinstance(e, apsw.FullError) or (isinstance(e, OSError) and e.errno in FULL)
 
 
 def _reason(e: Any) -> str:

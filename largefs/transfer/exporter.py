@@ -15,8 +15,8 @@ from largefs.hugetext.align import restore
 from largefs.hugetext.view import BadRecord
 from largefs.store import EXTENT_SIZE, ROOT_INODE, Inode, Store
 from largefs.store.backing import data_ranges
-from largefs.store.store import fail
-from largefs.transfer.copy import copy_laid_out, copy_stretch
+from largefs.store.store import FULL, fail
+from largefs.transfer.copy import TargetError, copy_laid_out, copy_stretch, writing
 from largefs.transfer.metadata import set_metadata, xattrs_of
 
 CUT_SHORT = "its data in the store ends too early"
@@ -30,7 +30,9 @@ class Tally:
     copied: int = 0
     """Bytes of file sizes written."""
     failed: list[tuple[bytes, str]] = field(default_factory=list)
-    """Names that could not be written or not fully: (path in the store, reason)."""
+    """Names that could not be written: (path in the store, reason)."""
+    unset: dict[str, list[bytes]] = field(default_factory=dict)
+    """Metadata that could not be set: what ('owner', the name of an xattr) -> paths in the store."""
 
 
 class Exporter:
@@ -49,7 +51,7 @@ class Exporter:
 
         A directory's contents come into `target`, which gets its metadata; anything else comes as
         `target/name`. `target` must be empty or missing. OSError: ENOENT for `path`, ENOTEMPTY, and
-        what writing raises when the disk is full.
+        what writing raises when the disk is full, or fails.
         """
         row, name = self._find(path)
         os.makedirs(target, exist_ok=True)
@@ -64,7 +66,9 @@ class Exporter:
             try:
                 step()
             except OSError as e:
-                if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                if isinstance(e, TargetError) and e.errno != errno.EFBIG:
+                    raise OSError(e.errno, e.strerror, target) from e
+                if e.errno in (*FULL, errno.EROFS):
                     raise
                 self.tally.failed.append((path, e.strerror or str(e)))
             self._progress(self.tally)
@@ -111,8 +115,8 @@ class Exporter:
             self._store.xattrs(row.id),
             (row.atime_ns, row.mtime_ns),
         )
-        if lost:
-            self.tally.failed.append((path, "cannot set " + ", ".join(lost)))
+        for what in lost:
+            self.tally.unset.setdefault(what, []).append(path)
 
     def _export_file(self, row: Inode, target: bytes) -> None:
         with self._store.backing.opened(row.id) as fd, _new_file(target) as to:
@@ -126,7 +130,8 @@ class Exporter:
     def _copy(self, fd: int, to: int, size: int) -> None:
         if os.fstat(fd).st_size < size:
             raise OSError(errno.EIO, CUT_SHORT)
-        os.ftruncate(to, size)
+        with writing():
+            os.ftruncate(to, size)
         for start, end in data_ranges(fd, size):
             if not copy_stretch(fd, to, start, end, self._buffer):
                 raise OSError(errno.EIO, CUT_SHORT)

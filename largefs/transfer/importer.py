@@ -4,13 +4,16 @@ Guarantees
     A file appears in the store whole or not at all, and no sooner than its extents are written.
     The import can be stopped and run again at any moment: files whose size and mtime agree with the
     store are passed over, everything else is brought up to date. Nothing is ever removed.
-    A file that cannot be read, or that changes while it is read, is left out and reported.
+    A file that cannot be read, or that changes while it is read, is left out and reported. A store that
+    cannot be written ends the import.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
 import stat
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,10 +22,10 @@ from pathlib import Path
 
 from largefs.hugetext.align import Mode, plan
 from largefs.hugetext.view import View
-from largefs.store import EXTENT_SIZE, ROOT_INODE, Inode, Store
+from largefs.store import EXTENT_SIZE, ROOT_INODE, Inode, Store, StoreError
 from largefs.store import backing as b
-from largefs.store.store import fail
-from largefs.transfer.copy import copy_laid_out, copy_stretch
+from largefs.store.store import FULL, fail
+from largefs.transfer.copy import TargetError, copy_laid_out, copy_stretch, writing
 from largefs.transfer.metadata import xattrs_of
 
 COMMIT_BYTES = 1 << 30
@@ -87,7 +90,7 @@ class Importer:
     def run(self, source: bytes, to: bytes = b"/") -> Tally:
         """Import what the directory `source` holds into the directory `to`, which is made if missing.
 
-        Raises OSError if `source` itself cannot be read, StoreError or OSError (ENOSPC, EIO) if the
+        Raises OSError if `source` itself cannot be read, StoreError or OSError (ENOSPC, EDQUOT) if the
         store cannot be written: what was imported before is kept.
         """
         st = os.stat(source)
@@ -106,7 +109,8 @@ class Importer:
                     self._leave_out(path, error)
                 self._report()
         finally:
-            self._store.commit()
+            if not isinstance(sys.exception(), StoreError):  # else there is nothing more to say
+                self._store.commit()
         return self.tally
 
     def _directory(self, path: bytes) -> int:
@@ -147,12 +151,23 @@ class Importer:
 
     def _leave_out(self, path: bytes, error: Exception) -> None:
         """Note a name that cannot be imported; a store that cannot be written ends the import."""
-        if isinstance(error, OSError):
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE):
-                raise error
-            self.tally.failed.append((path, error.strerror or str(error)))
-        else:
+        if not isinstance(error, OSError):
             self.tally.failed.append((path, str(error)))
+            return
+        why = error.strerror or str(error)
+        if error.errno in (*FULL, errno.EMFILE):
+            raise error
+        if isinstance(error, TargetError) or error.errno == errno.EROFS:
+            if error.errno != errno.EFBIG:
+                name = path.decode(errors="backslashreplace")
+                raise StoreError(
+                    f"{self._store.path}: cannot write what {name} holds: {why}; "
+                    "see to the disk of the store (dmesg), then run the same import again"
+                ) from error
+            why = f"the store's filesystem: {why}"
+        elif error.errno == errno.EIO:
+            why = f"cannot be read: {why}"
+        self.tally.failed.append((path, why))
 
     def _report(self) -> None:
         """Between two names: show progress, and commit when it is time."""
@@ -288,20 +303,23 @@ class Importer:
         row = self._row(st, size=st.st_size)
         fd = os.open(path, flags)
         try:
-            written = self._store.backing.make(row.id)
+            with writing():
+                written = self._store.backing.make(row.id)
             try:
                 xattrs = xattrs_of(path)
                 row, sums, alignment = self._copy(fd, written, row, path, xattrs)
                 after = os.fstat(fd)
                 if _identity(after) != _identity(st):
                     raise ChangedError("changed while it was read; run the import again")
-                os.utime(written, ns=(st.st_atime_ns, st.st_mtime_ns))
-                row = row._replace(blocks=os.fstat(written).st_blocks)
+                with writing():
+                    os.utime(written, ns=(st.st_atime_ns, st.st_mtime_ns))
+                    row = row._replace(blocks=os.fstat(written).st_blocks)
             finally:
                 os.close(written)
             self._store.adopt(parent, name, row, xattrs=xattrs, checksums=sums, alignment=alignment)
         except Exception:
-            self._store.backing.remove(row.id)
+            with contextlib.suppress(OSError):  # what failed before is what there is to say
+                self._store.backing.remove(row.id)
             raise
         finally:
             os.close(fd)
@@ -328,25 +346,27 @@ class Importer:
             raise ChangedError(SHRUNK)
         size = aligned.layout.size
         alignment = os.fstat(fd).st_size, aligned.record()
-        return row._replace(size=size, huge=huge), b.checksums(to, size), alignment
+        return row._replace(size=size, huge=huge), _sums(to, size), alignment
 
     def _prepare_extents(self, fd: int, to: int, size: int) -> None:
         b.prefer_extents(to)
         for start, end in b.data_ranges(fd, size):
-            b.allocate_extents(to, start, end)
+            with writing():
+                b.allocate_extents(to, start, end)
 
     def _copy_plain(self, fd: int, to: int, size: int) -> list[tuple[int, bytes]]:
         """Copy data and holes as they are, or share them; returns the checksums."""
-        os.ftruncate(to, size)
+        with writing():
+            os.ftruncate(to, size)
         if self._clone(fd, to):
-            return b.checksums(to, size)
+            return b.checksums(to, size)  # what cannot be read is the source's, too
         if size <= EXTENT_SIZE:
             return self._copy_extent(fd, to, size)
         for start, end in b.data_ranges(fd, size):
             if not copy_stretch(fd, to, start, end, self._buffer):
                 raise ChangedError(SHRUNK)
         b.start_writing(to)
-        return b.checksums(to, size)
+        return _sums(to, size)
 
     def _copy_extent(self, fd: int, to: int, size: int) -> list[tuple[int, bytes]]:
         """Copy a file of one extent: read, written and summed in one buffer."""
@@ -357,7 +377,8 @@ class Importer:
         for start, end in stretches:
             if b.read_full(fd, view[start:end], start) < end - start:
                 raise ChangedError(SHRUNK)
-            b.write_full(to, view[start:end], start)
+            with writing():
+                b.write_full(to, view[start:end], start)
         if size >= WRITE_BEHIND:
             b.start_writing(to)
         return [(0, b.checksum(view))] if stretches else []
@@ -373,6 +394,12 @@ class Importer:
                 self._can_clone = e.errno == errno.EXDEV
             return False
         return True
+
+
+def _sums(written: int, size: int) -> list[tuple[int, bytes]]:
+    """The checksums of a backing file, which is read back for them."""
+    with writing():
+        return b.checksums(written, size)
 
 
 def _check_times(st: os.stat_result) -> None:

@@ -24,6 +24,7 @@ SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN: _IOR('X', 125, __
 NO_LOG_FLUSH = 2  # EXT4_GOING_FLAGS_NOLOGFLUSH, XFS_FSOP_GOING_FLAGS_NOLOGFLUSH
 
 MKFS = {
+    "ext2": ["mkfs.ext2", "-q", "-m", "0"],  # has no fallocate(2)
     "ext4": ["mkfs.ext4", "-q", "-m", "0", "-E", "lazy_itable_init=0"],
     "xfs": ["mkfs.xfs", "-q"],
 }
@@ -80,8 +81,26 @@ class Disk:
 
 
 @contextlib.contextmanager
+def _in_memory(directory: Path, size: int) -> Iterator[Disk]:
+    made = Disk(directory / "no image", directory / "tmpfs")
+    made.path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", made.path], check=True)
+    try:
+        yield made
+    finally:
+        subprocess.run(["umount", "-l", made.path], check=True)
+
+
+@contextlib.contextmanager
 def disk(directory: Path, kind: str, size: int) -> Iterator[Disk]:
-    """A disk of `size` bytes with a filesystem of a kind; skips the test where that cannot be."""
+    """A disk of `size` bytes with a filesystem of a kind; skips the test where that cannot be.
+
+    One of tmpfs has no image, so it cannot lose power.
+    """
+    if kind == "tmpfs":
+        with _in_memory(directory, size) as made:
+            yield made
+        return
     if not shutil.which(MKFS[kind][0]):
         pytest.skip(f"no {MKFS[kind][0]}")
     made = Disk(directory / f"{kind}.image", directory / kind)

@@ -1,11 +1,13 @@
 """A full disk: nothing half is ever visible, nothing is lost, and with room again everything goes on."""
 
+import contextlib
 import errno
 import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import apsw
 import pytest
 
 from tests.crash.disks import Disk, disk
@@ -17,10 +19,11 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Disk]:
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Disk]:
+    """A disk of the kind that the test is parametrized with, or of ext4."""
     if reason := reason_not_to_mount():
         pytest.skip(reason)
-    with disk(tmp_path, "ext4", 256 * MIB) as made:
+    with disk(tmp_path, getattr(request, "param", "ext4"), 256 * MIB) as made:
         yield made
 
 
@@ -78,6 +81,7 @@ def test_writes_to_a_full_disk_fail_and_go_on_when_there_is_room(
     assert (m.path / "after").stat().st_size == 4 * MIB
 
 
+@pytest.mark.parametrize("small_disk", ["ext4", "ext2", "tmpfs"], indirect=True)
 def test_a_commit_without_room_fails_loses_nothing_and_is_tried_again(
     small_disk: Disk, mounts_on_it: Mounts
 ) -> None:
@@ -104,3 +108,97 @@ def test_a_commit_without_room_fails_loses_nothing_and_is_tried_again(
     m.kill()
     m.mount()
     assert sorted(os.listdir(m.path)) == names
+
+
+def refused(*args: object, code: int, says: str) -> None:
+    """A command ends with `code` and one line that contains `says`."""
+    done = largefs(*args, code=code)
+    assert says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("small_disk", ["ext4", "tmpfs"], indirect=True)
+def test_a_store_on_a_full_disk_is_not_opened_until_there_is_room(
+    small_disk: Disk, mounts_on_it: Mounts, tmp_path: Path
+) -> None:
+    store, source = small_disk.path / "store", tmp_path / "source"
+    source.mkdir()
+    (source / "file").write_text("text")
+    largefs("mkfs", store)
+    largefs("import", source, store)
+    files = sorted(os.listdir(store))
+    ballast = small_disk.fill()
+    full = f"largefs: {store}: its disk is full; make room there and try again\n"
+    another = store.with_name("another")
+    refused("mkfs", another, code=1, says=f"largefs: {another}: its disk is full; make room there")
+    assert not another.exists() or not os.listdir(another)
+    refused("mount", store, source, code=32, says=full)
+    refused("import", source, store, code=1, says=full)
+    refused("export", store, tmp_path / "out", code=1, says=full)
+    refused("check", store, "--repair", code=8, says="No space left on device; make room")
+    done = largefs("doctor", store, code=1)
+    assert "make room: 4.0 MiB for a trial file" in done.stdout and not done.stderr
+    assert sorted(os.listdir(store)) == files
+    largefs("check", store, "--data")
+    ballast.unlink()
+    assert (mounts_on_it.make(store=store).path / "file").read_text() == "text"
+
+
+@pytest.mark.parametrize("small_disk", ["ext2", "tmpfs"], indirect=True)
+def test_an_import_whose_metadata_fill_the_disk_is_completed_by_a_second_run(
+    small_disk: Disk, tmp_path: Path
+) -> None:
+    store, source, links = small_disk.path / "store", tmp_path / "source", 12_000
+    source.mkdir()
+    for i in range(links):
+        (source / f"{i}").symlink_to("t" * 1000)
+    largefs("mkfs", store)
+    ballast = small_disk.fill(leave=4 * MIB)
+    full = f"largefs: {store}: its disk is full; make room there and try again\n"
+    refused("import", source, store, code=1, says=full)
+    largefs("check", store)
+    ballast.unlink()
+    assert f"{links} names" in largefs("import", source, store).stdout
+    largefs("check", store)
+
+
+@pytest.mark.parametrize("small_disk", ["tmpfs"], indirect=True)
+def test_a_repair_without_room_changes_nothing(small_disk: Disk, tmp_path: Path) -> None:
+    """It gets as far as its commit, for which the room does not suffice."""
+    store, source = small_disk.path / "store", tmp_path / "source"
+    source.mkdir()
+    for i in range(2000):
+        (source / f"{i}").symlink_to("t" * 100)
+    largefs("mkfs", store)
+    largefs("import", source, store)
+    with contextlib.closing(apsw.Connection(str(store / "meta.db"))) as db:
+        db.execute("DELETE FROM dentries")
+    before = (store / "meta.db").read_bytes()
+    ballast = small_disk.fill(leave=64 << 10)
+    full = f"largefs: {store}: its disk is full; make room there and try again\n"
+    refused("check", store, "--repair", code=8, says=full)
+    assert sorted(os.listdir(store)) == ["extents", "meta.db"]
+    assert (store / "meta.db").read_bytes() == before
+    ballast.unlink()
+    assert "2000 mended, 0 left" in largefs("check", store, "--repair", code=1).stdout
+    largefs("check", store)
+
+
+@pytest.mark.parametrize("small_disk", ["tmpfs"], indirect=True)
+def test_an_export_without_room_says_so_and_can_be_run_again(
+    small_disk: Disk, tmp_path: Path
+) -> None:
+    store, source, out = tmp_path / "store", tmp_path / "source", small_disk.path / "out"
+    source.mkdir()
+    for name in "abc":
+        (source / name).write_bytes(os.urandom(MIB))
+    largefs("mkfs", store)
+    largefs("import", source, store)
+    ballast = small_disk.fill(leave=2 * MIB)
+    refused("export", store, out, code=1, says=f"{out}: No space left on device after ")
+    for name in os.listdir(out):  # nothing half
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    ballast.unlink()
+    subprocess.run(["rm", "-r", out], check=True)
+    largefs("export", store, out)
+    subprocess.run(["diff", "-r", source, out], check=True)
+    largefs("check", store, "--data")

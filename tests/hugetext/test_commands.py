@@ -18,6 +18,7 @@ from rich.console import Console
 
 from largefs.cli import doctor, report, warm
 from largefs.hugetext.routes import kernel_version
+from largefs.store import Store
 from tests.hugetext.support import MIB, make_file, mounted, text_of, warmed
 from tests.mounts import LARGEFS
 
@@ -233,8 +234,9 @@ def test_warm_of_nothing() -> None:
 
 
 def test_doctor_on_a_store(disk: Path) -> None:
-    (disk / "meta.db").touch()
-    result = run(doctor.command, disk, "--json")
+    store = disk / "store"
+    Store.create(store)
+    result = run(doctor.command, store, "--json")
     document = json.loads(result.stdout)
     assert document["schema"] == "largefs-doctor-1"
     levels = {finding["check"]: finding["level"] for finding in document["findings"]}
@@ -244,15 +246,15 @@ def test_doctor_on_a_store(disk: Path) -> None:
         assert document["route"] == expected
     assert levels[f"route {document['route']}"] == ("warn" if expected == "none" else "ok")
     assert result.exit_code == (1 if "warn" in levels.values() else 0)
-    shown = run(doctor.command, disk)
+    shown = run(doctor.command, store)
     assert f"route: {document['route']};" in shown.stdout
 
 
-def test_doctor_on_what_is_no_store(disk: Path) -> None:
+def test_doctor_on_a_place_for_a_store(disk: Path) -> None:
     result = run(doctor.command, disk)
     assert result.exit_code == 2
-    assert "is no largefs store" in result.stdout
-    assert run(doctor.command, disk / "missing").exit_code == 2
+    assert "is empty, so no largefs store" in result.stdout
+    assert "route:" in result.stdout
 
 
 def test_doctor_without_dev_fuse() -> None:

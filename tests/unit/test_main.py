@@ -129,7 +129,7 @@ def test_a_store_that_could_not_be_made_can_be_tried_again(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patched, pytest.raises(StoreError, match="No space"):
+    with monkeypatch.context() as patched, pytest.raises(StoreError, match="disk is full"):
         patched.setattr(store_module, "_create_metadata", full)
         Store.create(tmp_path / "store")
     Store.create(tmp_path / "store")

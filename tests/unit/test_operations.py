@@ -132,6 +132,32 @@ async def test_no_change_after_a_flush_that_failed(
     assert error_of(raised) == errno.EROFS
 
 
+async def test_a_transaction_that_sqlite_took_back(
+    filesystem: Filesystem, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A limit of SQLite's own makes it do what it does by a disk that fails: all of it is rolled back."""
+    fh = pyfuse3.FileHandleT(ROOT_INODE)
+    await filesystem.mkdir(ROOT_INODE, b"kept", 0o755, CONTEXT)
+    await filesystem.fsyncdir(fh, False)
+    store.db.pragma("max_page_count", store.db.pragma("page_count") + 2)
+    with pytest.raises(pyfuse3.FUSEError) as raised:
+        for i in range(1000):
+            await filesystem.mkdir(ROOT_INODE, b"%0200d" % i, 0o755, CONTEXT)
+    assert error_of(raised) == errno.EIO
+    assert [r.message for r in caplog.records] == [
+        f"{store.path}: what was changed since the last commit is lost: database or disk is full; "
+        "see to its disk (dmesg), then mount it or run the command again"
+    ]
+    for change in (
+        filesystem.mkdir(ROOT_INODE, b"d", 0o755, CONTEXT),
+        filesystem.fsyncdir(fh, False),
+    ):
+        with pytest.raises(pyfuse3.FUSEError) as raised:
+            await change
+        assert error_of(raised) == errno.EROFS
+    assert (await filesystem.lookup(ROOT_INODE, b"kept", CONTEXT)).st_ino
+
+
 @pytest.mark.parametrize("mode", [0o644, 0o755])
 async def test_blksize_of_a_new_file(filesystem: Filesystem, store: Store, mode: int) -> None:
     """What is made executable may get text: the kernel asks only once whether folios may be large."""

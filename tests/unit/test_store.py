@@ -51,7 +51,7 @@ def test_a_cloned_file_that_cannot_be_read_is_left_out(
     monkeypatch.setattr(backing, "read_full", unreadable)
     with Store.open(path, "test") as store:
         tally = Importer(store).run(os.fsencode(tmp_path / "source"))
-        assert [reason for _, reason in tally.failed] == [os.strerror(errno.EIO)]
+        assert [reason for _, reason in tally.failed] == ["cannot be read: Input/output error"]
         assert store.find(ROOT_INODE, b"f") is None
 
 

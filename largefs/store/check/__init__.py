@@ -35,7 +35,7 @@ from largefs.store.check import backing_files, database, extents, inodes, names
 from largefs.store.check.context import Context
 from largefs.store.check.hold import hold, put_in_order
 from largefs.store.check.report import Problem, Progress, Report
-from largefs.store.errors import BusyError, StoreError
+from largefs.store.errors import BusyError, of_database
 
 __all__ = ["Problem", "Progress", "Report", "check"]
 
@@ -93,7 +93,7 @@ def check(
     except (apsw.CorruptError, apsw.NotADBError) as e:
         _give_up(report, str(e))
     except apsw.Error as e:
-        raise StoreError(f"{path}: meta.db cannot be checked: {e}") from e
+        raise of_database(path, e) from e
     return report
 
 

@@ -17,7 +17,7 @@ import apsw
 from largefs.store import owner
 from largefs.store.check.report import Report
 from largefs.store.errors import BusyError, RestoredError, StoreError
-from largefs.store.store import Store, connect, read_format
+from largefs.store.store import Store, connect, open_database, read_format
 
 
 @contextlib.contextmanager
@@ -73,7 +73,7 @@ def _to_look_at(meta: Path) -> Iterator[apsw.Connection]:
                 yield db
         return
     has_log = _log_of(meta).exists()
-    db = apsw.Connection(str(meta), flags=apsw.SQLITE_OPEN_READWRITE)
+    db = open_database(meta)
     try:
         if has_log:  # closing would move the log into the database and remove it
             yes = ctypes.c_int(1)
