@@ -18,6 +18,8 @@ from tests.docs import console
 from tests.installed import CHECKOUT
 from tests.mounts import reason_not_to_mount
 
+pytestmark = pytest.mark.resident
+
 FILES = sorted([CHECKOUT / "README.md", *(CHECKOUT / "docs").glob("*.md")])
 
 SANDBOX = """

@@ -46,7 +46,7 @@ def count(pid: int, path: str) -> Count:
                     if at % PMD == 0 and at + PMD <= size:
                         eligible += PMD
                         touched += PMD * present(pagemap.fileno(), block)
-            elif ours and line.startswith("FilePmdMapped:"):
+            elif ours and line.startswith(("FilePmdMapped:", "ShmemPmdMapped:")):
                 mapped += int(line.split()[1]) * 1024
     return Count(text, eligible, touched, mapped)
 

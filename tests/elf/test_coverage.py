@@ -24,7 +24,10 @@ from tests.elf.smaps import PMD, Count, count
 from tests.hugetext.test_mount import imported
 from tests.mounts import Mounts
 
-pytestmark = pytest.mark.timeout(1200)  # the first run downloads
+pytestmark = [
+    pytest.mark.timeout(1200),  # the first run downloads
+    pytest.mark.resident,
+]
 
 MADV_HUGEPAGE = 14
 

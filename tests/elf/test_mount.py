@@ -11,6 +11,8 @@ import pytest
 from tests.hugetext.test_mount import ENOUGH, at_work, coverage, imported
 from tests.mounts import Mounts, largefs
 
+pytestmark = pytest.mark.resident
+
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:

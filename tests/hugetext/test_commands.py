@@ -22,6 +22,8 @@ from largefs.store import Store
 from tests.hugetext.support import MIB, make_file, mounted, text_of, warmed
 from tests.mounts import LARGEFS
 
+pytestmark = pytest.mark.resident
+
 
 def run(command: click.Command, *arguments: object) -> Result:
     result = CliRunner().invoke(command, [str(argument) for argument in arguments])

@@ -20,6 +20,8 @@ import pytest
 from tests.hugetext.support import HERE, drop
 from tests.mounts import LARGEFS, Mount, Mounts, largefs
 
+pytestmark = pytest.mark.resident
+
 ENOUGH = 0.95
 """The coverage that largefs promises for programs that are eligible."""
 
@@ -54,7 +56,8 @@ def coverage(pid: int, mountpoint: Path) -> tuple[int, float]:
     """(touched bytes, coverage) of what a process maps from the mount, by the independent count."""
     command = [sys.executable, HERE / "count_coverage.py", "--file", mountpoint, str(pid)]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    print(said)
+    why = subprocess.run([LARGEFS, "report", str(pid)], capture_output=True, text=True).stdout
+    print(said, why, sep="\n")  # should the test fail
     _, touched, _, share, _ = said.splitlines()[-1].split()
     return int(touched), float(share)
 

@@ -14,6 +14,8 @@ import pytest
 from tests.hugetext.huge_text import build
 from tests.hugetext.support import MIB, text_of, warmed
 
+pytestmark = pytest.mark.resident
+
 HEADERS = ("algorithm", "functional", "iostream", "map", "memory", "regex", "string", "vector")
 
 

@@ -15,6 +15,8 @@ from largefs.hugetext.coverage import Reason, Report, Text
 from tests.hugetext.support import HERE, MIB, check_sums, drop, make_file, text_of, warmed
 from tests.users import NOBODY, become
 
+pytestmark = pytest.mark.resident
+
 
 @pytest.mark.parametrize(
     ("offset", "length", "shift", "eligible", "why"),

@@ -20,6 +20,8 @@ from tests.hugetext.support import mounted
 from tests.mounts import Mounts, largefs
 from tests.users import NOBODY, become
 
+pytestmark = pytest.mark.resident
+
 modern = pytest.mark.skipif(
     routes.kernel_version() < (6, 9), reason="FUSE passthrough needs Linux 6.9"
 )

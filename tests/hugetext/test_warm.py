@@ -13,6 +13,8 @@ from largefs.hugetext import warm
 from largefs.hugetext.warm import CHUNK, Warmed, warm_file, warm_range
 from tests.hugetext.support import MIB, drop, make_file
 
+pytestmark = pytest.mark.resident
+
 
 def test_cold_then_warm(disk: Path) -> None:
     path = make_file(disk / "file", 5 * MIB)

@@ -60,8 +60,8 @@ def mappings(pid: int, path: Path) -> list[Mapping]:
         if head:
             start, end, permissions, offset, name = head.groups()
             found.append(Mapping(int(start, 16), int(end, 16), permissions, int(offset, 16), name))
-        elif line.startswith("FilePmdMapped:"):
-            found[-1].pmd_mapped = int(line.split()[1]) * 1024
+        elif line.startswith(("FilePmdMapped:", "ShmemPmdMapped:")):
+            found[-1].pmd_mapped += int(line.split()[1]) * 1024
     return [m for m in found if m.path == str(path)]
 
 

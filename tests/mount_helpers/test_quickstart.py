@@ -14,6 +14,8 @@ from largefs.hugetext import routes
 from tests.installed import CHECKOUT
 from tests.mounts import reason_not_to_mount
 
+pytestmark = pytest.mark.resident
+
 Quickstart = Callable[..., subprocess.CompletedProcess[str]]
 
 
