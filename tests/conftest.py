@@ -33,11 +33,12 @@ def memory_is_reclaimed() -> bool:
 
     It takes a huge folio from under a program now and then, and what is read again comes in small ones.
     """
-    for kdamond in Path("/sys/kernel/mm/damon/admin/kdamonds").glob("[0-9]*"):
-        actions = kdamond.glob("contexts/*/schemes/*/action")
-        if (kdamond / "state").read_text() == "on\n":
-            return any(action.read_text() == "pageout\n" for action in actions)
-    return False
+    kdamonds = Path("/sys/kernel/mm/damon/admin/kdamonds").glob("[0-9]*")
+    return any(
+        (kdamond / "state").read_text() == "on\n" and action.read_text() == "pageout\n"
+        for kdamond in kdamonds
+        for action in kdamond.glob("contexts/*/schemes/*/action")
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -166,7 +166,6 @@ def _log_to(file: Path | None, store: Path, *, foreground: bool) -> None:
     form = "largefs[%(process)d]: %(levelname)s: %(message)s"
     if file is not None:
         handler = logging.FileHandler(file)
-        form = f"%(asctime)s {form}"
     elif foreground:
         handler = logging.StreamHandler()
         if _is_the_journal(sys.stderr.fileno()):
@@ -177,6 +176,7 @@ def _log_to(file: Path | None, store: Path, *, foreground: bool) -> None:
         handler = logging.handlers.RotatingFileHandler(
             store / "log", maxBytes=LOG_SIZE, backupCount=1, delay=True
         )
+    if isinstance(handler, logging.FileHandler):
         form = f"%(asctime)s {form}"
     handler.addFilter(_printable)
     handler.setFormatter(logging.Formatter(form, "%Y-%m-%dT%H:%M:%S%z"))

@@ -58,6 +58,7 @@ remove a file is a change, too. Room for a checkpointed log (4 MiB) and for all 
 SEE_TO_IT = "see to its disk (dmesg), then mount it or run the command again"
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says when there is no room."""
 
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # linux/fs.h
 
@@ -158,7 +159,7 @@ class Store:
         self._last = 0  # the highest inode number given by `reserve`
 
     def _one(self, query: str, *parameters: Any) -> Any:
-        try:
+        try:  # as _database() does, whose cost counts here: every request comes by
             return self.db.execute(query, parameters).fetchone()
         except apsw.Error as e:
             raise of_database(self.path, e) from e
@@ -206,9 +207,7 @@ class Store:
                 for made in path.glob("meta.db*"):
                     made.unlink()
                 shutil.rmtree(path / "extents", ignore_errors=True)
-            if _is_full(e):
-                raise DiskFullError(path) from e
-            raise StoreError(f"{path}: cannot make a store here: {_reason(e)}") from e
+            raise _failure(path, "cannot make a store here", e) from e
 
     @classmethod
     def open(cls, path: Path, purpose: str) -> "Store":
@@ -231,19 +230,15 @@ class Store:
                 f"{path}: in use: {holder or 'by another process'}; end that first"
             ) from None
         except apsw.Error as e:
-            if _is_full(e):
-                raise DiskFullError(path) from e
-            raise StoreError(f"{path}: meta.db is damaged or unreadable: {_reason(e)}") from e
+            raise _failure(path, "meta.db is damaged or unreadable", e) from e
         except OSError as e:
             raise StoreError(f"{path}: extents/: {e.strerror}") from e
         try:
             self._start(purpose)
         except BaseException as e:
             self._let_go()
-            if _is_full(e):
-                raise DiskFullError(path) from e
             if isinstance(e, (OSError, apsw.Error)):
-                raise StoreError(f"{path}: cannot open: {_reason(e)}") from e
+                raise _failure(path, "cannot open", e) from e
             raise
         return self
 
@@ -1085,8 +1080,11 @@ def _check_name(name: bytes) -> None:
         raise fail(errno.EINVAL)
 
 
-def _is_full(e: BaseException) -> bool:
-    return isinstance(e, apsw.FullError) or (isinstance(e, OSError) and e.errno in FULL)
+def _failure(path: Path, what: str, e: OSError | apsw.Error) -> StoreError:
+    """What kept a store as a whole from being made or opened, as the error to raise."""
+    if isinstance(e, apsw.FullError) or (isinstance(e, OSError) and e.errno in FULL):
+        return DiskFullError(path)
+    return StoreError(f"{path}: {what}: {_reason(e)}")
 
 
 def _reason(e: Any) -> str:
