@@ -115,6 +115,9 @@ class Filesystem(pyfuse3.Operations):
         self._verify = verify
         self._opendir_needed = opendir_needed
         self._lookups: dict[int, int] = {}  # what the kernel holds, to be given back by forget
+        self._capability_removed: dict[
+            int, int
+        ] = {}  # inode -> by which task, until its next setattr
 
     # ---------------------------------------------------------------------------------- replies
 
@@ -156,6 +159,7 @@ class Filesystem(pyfuse3.Operations):
                 self._lookups[inode] = left
                 continue
             self._lookups.pop(inode, None)
+            self._capability_removed.pop(inode, None)
             try:
                 self._drop_if_unused(inode)
             except Exception:
@@ -220,15 +224,18 @@ class Filesystem(pyfuse3.Operations):
 
         The latter is all we hear of chown(path, -1, -1), and of a write that the kernel passes through
         to a file with privileges (file_remove_privs(); fuse_setattr() strikes out what it is about).
-        Root's write only takes the capability, and that by a request of its own.
+        Root's write takes only the capability, by a REMOVEXATTR of its own; the SETATTR after it, of the
+        same task under the same inode lock, takes nothing. Without a capability root's write sends
+        neither. Not told apart: root's chown(path, -1, -1) of a file with a capability in writing.
         """
+        only_capability = self._capability_removed.pop(row.id, None) == ctx.pid
         if stat.S_ISDIR(row.mode) or fields.update_mode:
             return False
         if fields.update_uid or fields.update_gid:
             return True
         if fields.update_size or fields.update_atime or fields.update_mtime:
             return False
-        return bool(ctx.uid) or row.id not in self._files.writing
+        return bool(ctx.uid) or not only_capability or row.id not in self._files.writing
 
     async def _truncate(self, row: Inode, size: int, fh: FileHandleT | None) -> None:
         if not stat.S_ISREG(row.mode):
@@ -573,6 +580,8 @@ class Filesystem(pyfuse3.Operations):
         if name in (acl.ACCESS, acl.DEFAULT) and not self._store.has_xattr(inode, name):
             return
         self._store.remove_xattr(inode, name)
+        if name == CAPABILITY:
+            self._capability_removed[inode] = ctx.pid
 
     @handler
     async def statfs(self, ctx: RequestContext) -> StatvfsData:

@@ -348,6 +348,10 @@ def set_id_bits_after_chown_to_nobody_else(d: str) -> Iterator[object]:
             yield outcome(os.chown, path, -1, -1), oct(os.stat(path).st_mode)
         os.chmod(f, mode)
         yield as_nobody(os.chown, f, -1, -1), oct(os.stat(f).st_mode)
+        fd = os.open(f, os.O_RDWR)  # a writer makes no difference
+        os.chmod(f, mode)
+        yield outcome(os.chown, f, -1, -1), oct(os.stat(f).st_mode)
+        os.close(fd)
 
 
 @case

@@ -15,7 +15,7 @@ import pytest
 
 from largefs.filesystem.daemon import Mount
 from largefs.filesystem.files import Files
-from largefs.filesystem.operations import Filesystem
+from largefs.filesystem.operations import CAPABILITY, Filesystem
 from largefs.filesystem.options import Options
 from largefs.hugetext.routes import Offer, Probe, Route
 from largefs.store import EXTENT_SIZE, ROOT_INODE, Store
@@ -109,6 +109,33 @@ async def test_ctime_is_when_it_was_changed_whatever_mtime_says(
     assert await moved()
     await filesystem.release(info.fh)
     assert not await moved()
+
+
+@pytest.mark.parametrize("passed_through", [False, True])
+async def test_root_takes_set_id_bits_by_chown_not_by_writing(
+    filesystem: Filesystem, store: Store, *, passed_through: bool
+) -> None:
+    """Both are a SETATTR that names nothing, and RELEASE comes a while after close(2)."""
+    info, entry = await filesystem.create(ROOT_INODE, b"f", S_IFREG | 0o6755, os.O_RDWR, CONTEXT)
+    inode = entry.st_ino
+    names = ("mode", "uid", "gid", "size", "atime", "mtime", "ctime")
+    nothing: Any = SimpleNamespace(**{f"update_{name}": False for name in names})
+
+    async def mode_after(ctx: Any) -> int:
+        reply = await filesystem.setattr(inode, pyfuse3.EntryAttributes(), nothing, None, ctx)
+        assert reply.st_mode == store.get(inode).mode
+        return stat.S_IMODE(reply.st_mode)
+
+    if passed_through:  # what file_remove_privs() does to a file with a capability
+        await filesystem.setxattr(inode, CAPABILITY, b"\1\0\0\2" + bytes(16), CONTEXT)
+        await filesystem.removexattr(inode, CAPABILITY, CONTEXT)
+        assert await mode_after(CONTEXT) == 0o6755
+        await filesystem.setxattr(inode, CAPABILITY, b"\1\0\0\2" + bytes(16), CONTEXT)
+        await filesystem.removexattr(inode, CAPABILITY, CONTEXT)
+        assert await mode_after(SimpleNamespace(uid=0, gid=0, pid=2, umask=0o022)) == 0o755
+    else:
+        assert await mode_after(CONTEXT) == 0o755
+    await filesystem.release(info.fh)
 
 
 @pytest.mark.parametrize("by", ["fsync", "rename"])
