@@ -59,7 +59,7 @@ class Hints:
         return await trio.to_thread.run_sync(text_of, self._store, row.id)
 
     def _checksum(self, row: Inode) -> bytes:
-        if row.writing:
+        if not self._store.is_settled(row):
             raise fail(errno.ENODATA)
         sums = self._store.checksums(row.id)
         return " ".join(f"{n}:{c.hex()}" for n, c in sorted(sums.items())).encode()

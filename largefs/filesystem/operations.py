@@ -115,9 +115,7 @@ class Filesystem(pyfuse3.Operations):
         self._verify = verify
         self._opendir_needed = opendir_needed
         self._lookups: dict[int, int] = {}  # what the kernel holds, to be given back by forget
-        self._capability_removed: dict[
-            int, int
-        ] = {}  # inode -> by which task, until its next setattr
+        self._capability_removed: dict[int, int] = {}  # inode -> the task, until its next setattr
 
     # ---------------------------------------------------------------------------------- replies
 

@@ -24,6 +24,7 @@ from largefs.hugetext import collapse, text, warm
 from largefs.hugetext.eligible import Range
 from largefs.hugetext.routes import Route
 from largefs.store import Inode, Store, StoreError
+from largefs.store.backing import has_writer
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +60,16 @@ class Warmup:
 
     async def on_open(self, row: Inode, fd: int, flags: int, pid: int) -> None:
         """Warm a file that process `pid` opens for reading, if its eligible text is about to run."""
-        if not row.huge or row.writing or self._when is When.OFF:
+        if self._when is When.OFF or pid == self._helper.pid:
             return
-        if self.route not in (Route.PASSTHROUGH, Route.COLLAPSE) or pid == self._helper.pid:
+        if self.route not in (Route.PASSTHROUGH, Route.COLLAPSE):
             return
-        found = self._text(row, fd)
+        if self._store.is_settled(row):
+            found = self._text(row, fd) if row.huge else text.NONE
+        elif not has_writer(fd):  # whoever linked or copied it has closed it, a moment ago
+            found = text.of_file(fd)
+        else:
+            return
         if not found.ranges or not (flags & FMODE_EXEC or found.is_shared_object):
             return
         if self._when is When.OPEN:

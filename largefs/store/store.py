@@ -892,6 +892,10 @@ class Store:
                 self._marked.add(inode)
         return inode in self._marked
 
+    def is_settled(self, row: Inode) -> bool:
+        """Whether checksums and `huge` are those of the content, committed or about to be."""
+        return not row.writing or row.id in self._settled or row.id in self._flushing
+
     def has_writer(self, inode: int) -> bool:
         """Whether a process has the backing file open for writing, or mapped so; raises OSError."""
         with self.backing.opened(inode) as fd:

@@ -90,28 +90,38 @@ def imported_node(mounts: Mounts, tmp_path: Path, *options: str, patch: str = ""
     """A mount of an import of node's program alone."""
     source = tmp_path / "source"
     source.mkdir()
-    node = os.path.realpath(shutil.which("node") or pytest.skip("nodejs is not installed"))
-    shutil.copy2(node, source / "node")
+    shutil.copy2(node_and_libraries()[0], source / "node")
     return imported(mounts, source, *options, patch=patch)
 
 
-def test_node(mounts: Mounts, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
+def node_and_libraries() -> list[str]:
     node = os.path.realpath(shutil.which("node") or pytest.skip("nodejs is not installed"))
-    libraries = re.findall(r"=> (\S*libnode\S*)", subprocess.getoutput(f"ldd {node}"))
-    for path in (node, *libraries):
-        shutil.copy2(path, source)
-    mount = imported(mounts, source)
+    return [node, *re.findall(r"=> (\S*libnode\S*)", subprocess.getoutput(f"ldd {node}"))]
+
+
+@contextmanager
+def node_at_work(program: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Node, with the libraries beside it, after work of a kind."""
     work = (
         "const z = require('zlib'); let s = JSON.stringify([...Array(1e5).keys()]);"
         "console.log(z.gunzipSync(z.gzipSync(s)).length + s.replace(/1+/g, 'x').length);"
         "process.stdin.resume()"
     )
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(mount.path)}
-    with at_work(mount.path / Path(node).name, "-e", work, env=environment) as child:
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(program.parent)}
+    with at_work(program, "-e", work, env=environment) as child:
         assert child.stdout is not None
         assert int(child.stdout.readline()) > 500_000
+        yield child
+
+
+def test_node(mounts: Mounts, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    node, *libraries = node_and_libraries()
+    for path in (node, *libraries):
+        shutil.copy2(path, source)
+    mount = imported(mounts, source)
+    with node_at_work(mount.path / Path(node).name) as child:
         touched, share = coverage(child.pid, mount.path)
         assert touched > 10 << 20
         assert share >= ENOUGH
@@ -119,6 +129,18 @@ def test_node(mounts: Mounts, tmp_path: Path) -> None:
             [LARGEFS, "report", mount.path, "--json"], check=True, capture_output=True, text=True
         ).stdout
         assert '"coverage": ' in report
+
+
+def test_node_run_at_once_after_it_was_copied(mounts: Mounts, tmp_path: Path) -> None:
+    """Nothing is committed yet, and its pages are dirty and in small folios."""
+    mount = mounts.make()
+    node, *libraries = node_and_libraries()
+    for path in (*libraries, node):
+        shutil.copy(path, mount.path)
+    with node_at_work(mount.path / Path(node).name) as child:
+        touched, share = coverage(child.pid, mount.path)
+        assert touched > 10 << 20
+        assert share >= ENOUGH
 
 
 def test_cc1plus(mounts: Mounts, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyfuse3
 import pytest
+import xxhash
 
 from largefs.filesystem.daemon import Mount
 from largefs.filesystem.files import Files
@@ -136,6 +137,17 @@ async def test_root_takes_set_id_bits_by_chown_not_by_writing(
     else:
         assert await mode_after(CONTEXT) == 0o755
     await filesystem.release(info.fh)
+
+
+async def test_checksums_can_be_read_as_soon_as_the_file_is_closed(filesystem: Filesystem) -> None:
+    info, entry = await filesystem.create(ROOT_INODE, b"f", FILE, os.O_RDWR, CONTEXT)
+    await filesystem.write(info.fh, 0, b"data")
+    with pytest.raises(pyfuse3.FUSEError) as raised:
+        await filesystem.getxattr(entry.st_ino, b"user.largefs.checksum", CONTEXT)
+    assert error_of(raised) == errno.ENODATA, "its writer is not done"
+    await filesystem.release(info.fh)
+    expected = b"0:" + xxhash.xxh3_128_hexdigest(b"data").encode()
+    assert await filesystem.getxattr(entry.st_ino, b"user.largefs.checksum", CONTEXT) == expected
 
 
 @pytest.mark.parametrize("by", ["fsync", "rename"])
