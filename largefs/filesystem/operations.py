@@ -48,7 +48,7 @@ from largefs.filesystem.verify import Verify
 from largefs.filesystem.warmup import Warmup
 from largefs.store import Inode, Store, StoreError
 from largefs.store.backing import FALLOC_FL_KEEP_SIZE, fallocate, write_full
-from largefs.store.store import NAME_MAX, fail
+from largefs.store.store import NAME_MAX, RENAME_EXCHANGE, fail
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,8 @@ DOT_ENTRIES: Final = 2
 """readdir() positions 1 and 2 are behind '.' and '..'; an entry's own is its id and 2."""
 
 CAPABILITY: Final = b"security.capability"
+
+RENAME_WHITEOUT: Final = 4  # linux/fs.h
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -339,13 +341,21 @@ class Filesystem(pyfuse3.Operations):
         """rename(2), renameat2(2).
 
         A file that replaces another is flushed first, so that after a crash the name holds the old
-        content or the new, never an empty file.
+        content or the new, never an empty file. RENAME_WHITEOUT leaves a character device 0:0 under the
+        old name, at once: overlayfs's sign for what is not there.
         """
+        whiteout = flags & RENAME_WHITEOUT
+        if whiteout and flags & RENAME_EXCHANGE:
+            raise fail(errno.EINVAL)
         row = self._store.lookup(parent_inode_old, name_old)
         if row.writing and self._store.find(parent_inode_new, name_new):
             with self._store.flushing():
                 await trio.to_thread.run_sync(self._store.backing.flush, [row.id])
-        replaced = self._store.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+        old, new = (parent_inode_old, name_old), (parent_inode_new, name_new)
+        with self._store.change():
+            replaced = self._store.rename(*old, *new, flags & ~RENAME_WHITEOUT)
+            if whiteout and self._store.find(*old) is None:  # else both named the same inode
+                self._make(*old, stat.S_IFCHR, ctx)
         if replaced is not None:
             self._drop_if_unused(replaced.id)
 

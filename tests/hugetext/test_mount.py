@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hugetext.support import HERE, drop
+from tests.hugetext.support import HERE, drop, mounted
 from tests.mounts import LARGEFS, Mount, Mounts, largefs
 
 pytestmark = pytest.mark.resident
@@ -141,6 +141,30 @@ def test_node_run_at_once_after_it_was_copied(mounts: Mounts, tmp_path: Path) ->
         touched, share = coverage(child.pid, mount.path)
         assert touched > 10 << 20
         assert share >= ENOUGH
+
+
+@pytest.mark.parametrize("layer", ["lower", "upper"])
+def test_node_in_an_overlay(mounts: Mounts, tmp_path: Path, layer: str) -> None:
+    """As in a container whose image, or whose own layer, is on a mount."""
+    mount = mounts.make()
+    for name in ("lower", "upper", "work"):
+        (mount.path / name).mkdir()
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    node, *libraries = node_and_libraries()
+    layers = ",".join(f"{n}dir={mount.path}/{n}" for n in ("lower", "upper", "work"))
+    if layer == "lower":
+        for path in (*libraries, node):
+            shutil.copy(path, mount.path / "lower")
+    with mounted("-t", "overlay", "-o", layers, "none", str(merged)):
+        if layer == "upper":
+            for path in (*libraries, node):
+                shutil.copy(path, merged)
+        with node_at_work(merged / Path(node).name) as child:
+            # overlayfs has a mount of its own of each layer, and that is what the kernel names
+            touched, share = coverage(child.pid, Path("/", Path(node).name))
+            assert touched > 10 << 20
+            assert share >= ENOUGH
 
 
 def test_cc1plus(mounts: Mounts, tmp_path: Path) -> None:

@@ -249,6 +249,26 @@ def renaming_with_flags(d: str) -> Iterator[object]:
     write(d + "/p/f")
     yield outcome(renameat2, d + "/new", d + "/p/f", RENAME_EXCHANGE), seen(d), seen(d + "/p")
     yield outcome(renameat2, d + "/dir", d + "/q", RENAME_EXCHANGE | RENAME_NOREPLACE)
+    os.mkdir(d + "/sub")
+    for name, new, flags in (
+        ("a", "white", RENAME_WHITEOUT),
+        ("b", "white", RENAME_WHITEOUT),
+        ("c", "white", RENAME_WHITEOUT | RENAME_NOREPLACE),
+        ("d", "whiter", RENAME_WHITEOUT | RENAME_NOREPLACE),
+        ("e", "white", RENAME_WHITEOUT | RENAME_EXCHANGE),
+        ("sub", "white", RENAME_WHITEOUT),
+        ("sub", "whitest", RENAME_WHITEOUT),
+    ):
+        name = d + "/" + name
+        if not os.path.isdir(name):
+            write(name)
+        yield outcome(renameat2, name, d + "/p/" + new, flags), seen(name), seen(d), seen(d + "/p")
+    os.link(write(d + "/one"), d + "/same")
+    yield (
+        outcome(renameat2, d + "/one", d + "/same", RENAME_WHITEOUT),
+        seen(d + "/one"),
+        seen(d + "/same"),
+    )
 
 
 @case
