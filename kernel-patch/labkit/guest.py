@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,11 +54,13 @@ class Outcome:
     results: Path  # /run/lab/results of the guest
 
 
-def boot(entry: Entry, image: Path, command: str, timeout: float) -> Outcome:
+@contextlib.contextmanager
+def boot(entry: Entry, image: Path, command: str, timeout: float) -> Iterator[Outcome]:
     """Boot `image`, run the shell `command` in the guest as root, and power off.
 
     The command's output is copied to stderr as it comes. `timeout` is in seconds of the host's
-    time, before the entry's own factor. The logs stay in runs/ENTRY until the entry's next boot.
+    time, before the entry's own factor. The logs stay in runs/ENTRY until the entry's next boot,
+    for which another lab waits as long as the block runs.
     """
     where = directory("runs") / entry.name
     with lock(f"run-{entry.name}"), tempfile.TemporaryDirectory(prefix="lab-") as tmp:
@@ -76,9 +79,9 @@ def boot(entry: Entry, image: Path, command: str, timeout: float) -> Outcome:
         with console.open("wb") as log:
             _run_bounded(argv, log.fileno(), timeout * entry.slow, follow=output)
         said = status.read_text().strip() if status.exists() else ""
-    return Outcome(
-        int(said) if said else None, time.monotonic() - started, console, output, results
-    )
+        yield Outcome(
+            int(said) if said else None, time.monotonic() - started, console, output, results
+        )
 
 
 def shell(entry: Entry, image: Path) -> int:

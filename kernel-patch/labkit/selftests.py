@@ -32,8 +32,9 @@ def selftests(entry: Entry, command: list[str]) -> int:
     image, programs = build(entry), _built(entry)
     say(f"running the selftests on {entry.name} in a guest")
     there = f"cd {shlex.quote(str(programs))} && mount -t tmpfs tmpfs /tmp"
-    outcome = boot(entry, image, f"{there} && {shlex.join(command) or EVERYTHING}", TIMEOUT)
-    wrong = problems(outcome)
+    script = f"{there} && {shlex.join(command) or EVERYTHING}"
+    with boot(entry, image, script, TIMEOUT) as outcome:
+        wrong = problems(outcome)
     print("\n".join(wrong) or f"{entry.name}: all passed, in {outcome.seconds:.0f} s")
     return bool(wrong)
 

@@ -30,7 +30,7 @@ class Result:
     tests: dict[str, int] = field(default_factory=dict)  # passed, failed, skipped
     coverage: dict[str, str] = field(default_factory=dict)  # route: coverage
     seconds: float = 0
-    servers: list[Path] = field(default_factory=list)  # what servers that do not opt in got
+    servers: dict[str, str] = field(default_factory=dict)  # what servers that do not opt in got
     wrong: list[str] = field(default_factory=list)
 
 
@@ -77,25 +77,23 @@ def _pyfuse3_source(python: Path, checkout: Path) -> Path:
 
 def _compare_servers(results: list[Result]) -> None:
     """Servers that do not opt in must get the same on a 7.3 with the series as on the stock one."""
-    stock = {
-        p.name: p.read_text() for r in results if r.entry.name == "7.3-stock" for p in r.servers
-    }
+    stock = next((r.servers for r in results if r.entry.name == "7.3-stock"), {})
     for r in results:
-        for path in r.servers if r.entry.series else []:
-            if path.read_text() != stock.get(path.name, path.read_text()):
-                r.wrong.append(f"{path} differs from the stock kernel's")
+        for name, got in r.servers.items() if r.entry.series else []:
+            if got != stock.get(name, got):
+                r.wrong.append(f"{name} differs from the stock kernel's")
 
 
 def _test(entry: Entry, command: str) -> Result:
     try:
         image = build(entry)
         say(f"testing {entry.name} in a guest")
-        outcome = boot(entry, image, command, TIMEOUT)
+        with boot(entry, image, command, TIMEOUT) as outcome:
+            return _read(entry, outcome)
     except CannotRunError:
         raise
     except LabError as e:
         return Result(entry, wrong=[str(e)])
-    return _read(entry, outcome)
 
 
 def problems(outcome: Outcome) -> list[str]:
@@ -114,7 +112,7 @@ def problems(outcome: Outcome) -> list[str]:
 def _read(entry: Entry, outcome: Outcome) -> Result:
     """Judge an outcome: the command's status, the tests' report, the console."""
     result = Result(entry, seconds=outcome.seconds)
-    result.servers = sorted(outcome.results.glob("server-*.txt"))
+    result.servers = {p.name: p.read_text() for p in outcome.results.glob("server-*.txt")}
     junit = outcome.results / "junit.xml"
     if junit.exists() and junit.stat().st_size:
         _read_junit(junit, result)
