@@ -48,7 +48,7 @@ from largefs.filesystem.verify import Verify
 from largefs.filesystem.warmup import Warmup
 from largefs.store import Inode, Store, StoreError
 from largefs.store.backing import FALLOC_FL_KEEP_SIZE, fallocate, write_full
-from largefs.store.store import NAME_MAX, RENAME_EXCHANGE, fail
+from largefs.store.store import NAME_MAX, RENAME_EXCHANGE, RENAME_WHITEOUT, fail
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,6 @@ DOT_ENTRIES: Final = 2
 """readdir() positions 1 and 2 are behind '.' and '..'; an entry's own is its id and 2."""
 
 CAPABILITY: Final = b"security.capability"
-
-RENAME_WHITEOUT: Final = 4  # linux/fs.h
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -60,7 +60,7 @@ SEE_TO_IT = "see to its disk (dmesg), then mount it or run the command again"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What the system says when there is no room."""
 
-RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # linux/fs.h
+RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4  # linux/fs.h
 
 
 class Inode(NamedTuple):

@@ -99,6 +99,14 @@ def node_and_libraries() -> list[str]:
     return [node, *re.findall(r"=> (\S*libnode\S*)", subprocess.getoutput(f"ldd {node}"))]
 
 
+def copy_node(directory: Path) -> Path:
+    """Copy node and its own libraries into a directory; returns the program there."""
+    node, *libraries = node_and_libraries()
+    for path in (*libraries, node):
+        shutil.copy(path, directory)
+    return directory / Path(node).name
+
+
 @contextmanager
 def node_at_work(program: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Node, with the libraries beside it, after work of a kind."""
@@ -117,11 +125,9 @@ def node_at_work(program: Path) -> Iterator[subprocess.Popen[bytes]]:
 def test_node(mounts: Mounts, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    node, *libraries = node_and_libraries()
-    for path in (node, *libraries):
-        shutil.copy2(path, source)
+    node = copy_node(source)
     mount = imported(mounts, source)
-    with node_at_work(mount.path / Path(node).name) as child:
+    with node_at_work(mount.path / node.name) as child:
         touched, share = coverage(child.pid, mount.path)
         assert touched > 10 << 20
         assert share >= ENOUGH
@@ -134,10 +140,7 @@ def test_node(mounts: Mounts, tmp_path: Path) -> None:
 def test_node_run_at_once_after_it_was_copied(mounts: Mounts, tmp_path: Path) -> None:
     """Nothing is committed yet, and its pages are dirty and in small folios."""
     mount = mounts.make()
-    node, *libraries = node_and_libraries()
-    for path in (*libraries, node):
-        shutil.copy(path, mount.path)
-    with node_at_work(mount.path / Path(node).name) as child:
+    with node_at_work(copy_node(mount.path)) as child:
         touched, share = coverage(child.pid, mount.path)
         assert touched > 10 << 20
         assert share >= ENOUGH
@@ -151,18 +154,15 @@ def test_node_in_an_overlay(mounts: Mounts, tmp_path: Path, layer: str) -> None:
         (mount.path / name).mkdir()
     merged = tmp_path / "merged"
     merged.mkdir()
-    node, *libraries = node_and_libraries()
     layers = ",".join(f"{n}dir={mount.path}/{n}" for n in ("lower", "upper", "work"))
     if layer == "lower":
-        for path in (*libraries, node):
-            shutil.copy(path, mount.path / "lower")
+        node = copy_node(mount.path / "lower")
     with mounted("-t", "overlay", "-o", layers, "none", str(merged)):
         if layer == "upper":
-            for path in (*libraries, node):
-                shutil.copy(path, merged)
-        with node_at_work(merged / Path(node).name) as child:
+            node = copy_node(merged)
+        with node_at_work(merged / node.name) as child:
             # overlayfs has a mount of its own of each layer, and that is what the kernel names
-            touched, share = coverage(child.pid, Path("/", Path(node).name))
+            touched, share = coverage(child.pid, Path("/", node.name))
             assert touched > 10 << 20
             assert share >= ENOUGH
 
