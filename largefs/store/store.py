@@ -45,6 +45,9 @@ log = logging.getLogger(__name__)
 NAME_MAX = 255
 """Bytes of a name, as limits.h has it."""
 
+NEW_METADATA = "meta.db.new"
+"""What meta.db is called while it is being made."""
+
 SYMLINK_MAX = 4095
 """Bytes of a symlink's target: PATH_MAX without the NUL."""
 
@@ -193,6 +196,7 @@ class Store:
             raise StoreError(f"{path}: not a directory; name a directory that is empty or missing")
         if path.is_dir() and any(path.iterdir()):
             raise StoreError(f"{path}: not empty; name a directory that is empty or missing")
+        _check_length(path / NEW_METADATA)
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             BackingFiles.create(path / "extents")
@@ -953,7 +957,7 @@ class Store:
 
 def _create_metadata(path: Path, mode: int, uid: int, gid: int) -> None:
     """Make meta.db under another name and move it into place: a store exists wholly or not."""
-    temporary = path / "meta.db.new"
+    temporary = path / NEW_METADATA
     temporary.unlink(missing_ok=True)
     db = open_database(temporary, apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE)
     now = time.time_ns()
@@ -1002,6 +1006,7 @@ def read_format(meta: Path) -> None:
         raise NotAStoreError(f"{store}: no largefs store ({_what_to_name(store)})") from None
     except OSError as e:
         raise StoreError(f"{meta}: {e.strerror}") from e
+    _check_length(meta)
     if header[:16] != b"SQLite format 3\0" or header[68:72] != schema.APPLICATION_ID.to_bytes(4):
         raise NotAStoreError(f"{store}: no largefs store (its meta.db is something else)")
     version = int.from_bytes(header[60:64])
@@ -1009,6 +1014,21 @@ def read_format(meta: Path) -> None:
         raise NewerFormatError(
             f"{store}: format version {version} is newer than this largefs, which knows "
             f"{schema.FORMAT_VERSION}; update largefs"
+        )
+
+
+def _check_length(file: Path) -> None:
+    """Refuse a path that SQLite cannot open; raises StoreError.
+
+    MAX_PATHNAME in os_unix.c, less the 8 bytes that sqlite3PagerOpen() keeps for "-journal"; symlinks
+    are resolved first.
+    """
+    most = 512 - 8
+    length = len(os.fsencode(os.path.realpath(file)))
+    if length > most:
+        raise StoreError(
+            f"{file.parent}: its path is too long for SQLite, by {length - most} bytes; "
+            "choose a shorter one"
         )
 
 

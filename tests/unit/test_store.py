@@ -34,6 +34,21 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
+def test_the_longest_path_that_sqlite_opens(tmp_path: Path) -> None:
+    """Up to it a store works; beyond, the line says what is wrong, and a store that was moved is whole."""
+    room = 512 - 8 - len(f"{tmp_path}/") - len("/meta.db.new")
+    parents, leaf = divmod(room - 1, 100)
+    longest = tmp_path.joinpath(*["d" * 99] * parents, "s" * (leaf + 1))
+    Store.create(longest)
+    Store.open(longest, "test").close()
+    with pytest.raises(StoreError, match=r"too long for SQLite, by 1 bytes; choose a shorter one"):
+        Store.create(longest.with_name(longest.name + "s"))
+    moved = longest.rename(longest.with_name("m" * 110))
+    with pytest.raises(StoreError, match="too long for SQLite"):
+        Store.open(moved, "test")
+    assert not check.check(moved.rename(tmp_path / "short")).problems
+
+
 def test_a_cloned_file_that_cannot_be_read_is_left_out(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
