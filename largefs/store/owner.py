@@ -24,6 +24,9 @@ HEARTBEAT = 5.0
 SILENCE = 2.5 * HEARTBEAT
 """Seconds without a refresh after which another host's owner counts as dead."""
 
+SPARE = "owner.new"
+"""The record that comes next, and the last one while nobody holds the store."""
+
 
 @dataclass(frozen=True)
 class Owner:
@@ -84,14 +87,20 @@ def foreign_and_alive(store: Path) -> Owner | None:
 
 
 def write(store: Path, owner: Owner) -> None:
-    """Record the owner; replaces what was there. Raises OSError, with the name."""
-    temporary = store / "owner.new"
+    """Record the owner; replaces what was there. Raises OSError, with the name.
+
+    The file of the record before is written again: a full disk has no room for another.
+    """
+    spare = store / SPARE
     try:
-        temporary.write_text(json.dumps(asdict(owner)) + "\n")
-        temporary.replace(store / "owner")
+        if not spare.exists():
+            with contextlib.suppress(FileNotFoundError):
+                (store / "owner").rename(spare)
+        with open(os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666), "w") as f:
+            f.write(json.dumps(asdict(owner)) + "\n")
+            f.truncate()
+        spare.rename(store / "owner")
     except OSError as e:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise OSError(e.errno, e.strerror, str(store / "owner")) from e
 
 
@@ -118,7 +127,7 @@ class Holder:
         self._released.set()
         self._thread.join()
         if read(self._store) == self._owner:
-            (self._store / "owner").unlink(missing_ok=True)
+            (self._store / "owner").rename(self._store / SPARE)
 
 
 def _read(path: str) -> str:

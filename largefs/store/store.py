@@ -14,6 +14,7 @@ that the system call has by its man page; a store that cannot be used, as StoreE
 """
 
 import contextlib
+import ctypes
 import errno
 import logging
 import os
@@ -55,8 +56,9 @@ CACHE = 8 << 20
 """Bytes of meta.db that SQLite keeps in memory."""
 
 LOG_RESERVE = 16 << 20
-"""Bytes of disk that an open store holds for SQLite's log, so that a full disk can be cleared up: to
-remove a file is a change, too. Room for a checkpointed log (4 MiB) and for all of the cache."""
+"""Bytes of disk that a store holds for SQLite's log, also while nobody has it open, so that a full disk
+can be cleared up: to mount and to remove a file are changes, too. Room for a checkpointed log (4 MiB)
+and for all of the cache."""
 
 SEE_TO_IT = "see to its disk (dmesg), then mount it or run the command again"
 
@@ -258,7 +260,7 @@ class Store:
             )
         self._holder = owner.Holder(self.path, purpose)
         with contextlib.suppress(OSError):  # a disk that is full already: what there is must do
-            self._allocate_log(LOG_RESERVE)
+            _hold_room(self._log, LOG_RESERVE)
         with self.change():
             self._recover()
             if not clean:
@@ -333,7 +335,7 @@ class Store:
             if self._holder:
                 self._holder.release()
         finally:
-            self.db.close()  # and its lock goes
+            close(self.db, self._log)
             self.backing.close()
             os.close(self._log)
 
@@ -392,22 +394,6 @@ class Store:
             except DiskFullError:
                 raise fail(errno.ENOSPC) from None
 
-    def _allocate_log(self, length: int) -> None:
-        """Allocate disk space for SQLite's log up to a length in bytes; raises OSError (ENOSPC).
-
-        Where the filesystem cannot (ext2, ext3, NFS before 4.2), see at least that there is as much now,
-        and the blocks that it takes to find it.
-        """
-        try:
-            backing.fallocate(self._log, backing.FALLOC_FL_KEEP_SIZE, 0, length)
-        except OSError as e:
-            if e.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-            missing = length - os.fstat(self._log).st_blocks * 512
-            room = os.fstatvfs(self._log)
-            if missing > 0 and room.f_bavail * room.f_frsize < missing + missing // 64 + (64 << 10):
-                raise fail(errno.ENOSPC) from None
-
     def _make_room(self) -> None:
         """See that COMMIT cannot run out of disk space: SQLite would take the transaction back.
 
@@ -416,7 +402,7 @@ class Store:
         """
         cached, _ = self.db.status(apsw.SQLITE_DBSTATUS_CACHE_USED)
         try:
-            self._allocate_log(os.fstat(self._log).st_size + cached + cached // 64 + 4096)
+            _hold_room(self._log, os.fstat(self._log).st_size + cached + cached // 64 + 4096)
         except OSError as e:
             if e.errno not in FULL:
                 raise
@@ -1074,6 +1060,39 @@ def connect(meta: Path) -> apsw.Connection:
         db.close()
         raise
     return db
+
+
+def keep_log(db: apsw.Connection) -> None:
+    """Have the write-ahead log stay when the database is closed; what it holds is merged all the same."""
+    yes = ctypes.c_int(1)
+    db.file_control("main", apsw.SQLITE_FCNTL_PERSIST_WAL, ctypes.addressof(yes))
+
+
+def close(db: apsw.Connection, log: int) -> None:
+    """Close meta.db and give up its lock. `log`: a descriptor of its log, which is merged, but stays."""
+    with contextlib.suppress(apsw.Error):
+        keep_log(db)
+        db.pragma("journal_size_limit", 0)  # what stays is empty
+    db.close()
+    with contextlib.suppress(OSError):
+        _hold_room(log, LOG_RESERVE)
+
+
+def _hold_room(log: int, length: int) -> None:
+    """Have the blocks of a log that grows to `length` bytes; raises OSError.
+
+    Where the filesystem cannot (ext2, ext3, NFS before 4.2), see at least that there is as much now,
+    and the blocks that it takes to find it.
+    """
+    try:
+        backing.fallocate(log, backing.FALLOC_FL_KEEP_SIZE, 0, length)
+    except OSError as e:
+        if e.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        missing = length - os.fstat(log).st_blocks * 512
+        room = os.fstatvfs(log)
+        if missing > 0 and room.f_bavail * room.f_frsize < missing + missing // 64 + (64 << 10):
+            raise fail(errno.ENOSPC) from None
 
 
 def path_of(db: apsw.Connection, inode: int) -> bytes | None:

@@ -5,7 +5,6 @@ nor removed.
 """
 
 import contextlib
-import ctypes
 import os
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ import apsw
 from largefs.store import owner
 from largefs.store.check.report import Report
 from largefs.store.errors import BusyError, RestoredError, StoreError
-from largefs.store.store import Store, connect, open_database, read_format
+from largefs.store.store import Store, close, connect, keep_log, open_database, read_format
 
 
 @contextlib.contextmanager
@@ -28,12 +27,17 @@ def hold(path: Path, *, repair: bool) -> Iterator[apsw.Connection]:
     if other := owner.foreign_and_alive(path):
         raise BusyError(f"{path}: in use: {other}; end that first")
     if repair:
-        with contextlib.closing(connect(meta)) as db:
+        db = connect(meta)
+        log = os.open(_log_of(meta), os.O_RDWR | os.O_CLOEXEC)
+        try:
             holder = owner.Holder(path, "check --repair")
             try:
                 yield db
             finally:
                 holder.release()
+        finally:
+            close(db, log)
+            os.close(log)
         return
     with _to_look_at(meta) as db:
         yield db
@@ -75,9 +79,8 @@ def _to_look_at(meta: Path) -> Iterator[apsw.Connection]:
     has_log = _log_of(meta).exists()
     db = open_database(meta)
     try:
-        if has_log:  # closing would move the log into the database and remove it
-            yes = ctypes.c_int(1)
-            db.file_control("main", apsw.SQLITE_FCNTL_PERSIST_WAL, ctypes.addressof(yes))
+        if has_log:  # closing would merge it into the database, and remove it
+            keep_log(db)
             db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         db.pragma("locking_mode", "exclusive")
         db.execute("BEGIN IMMEDIATE; ROLLBACK")
