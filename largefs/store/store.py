@@ -335,7 +335,7 @@ class Store:
             if self._holder:
                 self._holder.release()
         finally:
-            close(self.db, self._log)
+            disconnect(self.db, self._log)
             self.backing.close()
             os.close(self._log)
 
@@ -1068,7 +1068,7 @@ def keep_log(db: apsw.Connection) -> None:
     db.file_control("main", apsw.SQLITE_FCNTL_PERSIST_WAL, ctypes.addressof(yes))
 
 
-def close(db: apsw.Connection, log: int) -> None:
+def disconnect(db: apsw.Connection, log: int) -> None:
     """Close meta.db and give up its lock. `log`: a descriptor of its log, which is merged, but stays."""
     with contextlib.suppress(apsw.Error):
         keep_log(db)

@@ -16,7 +16,7 @@ import apsw
 from largefs.store import owner
 from largefs.store.check.report import Report
 from largefs.store.errors import BusyError, RestoredError, StoreError
-from largefs.store.store import Store, close, connect, keep_log, open_database, read_format
+from largefs.store.store import Store, connect, disconnect, keep_log, open_database, read_format
 
 
 @contextlib.contextmanager
@@ -36,7 +36,7 @@ def hold(path: Path, *, repair: bool) -> Iterator[apsw.Connection]:
             finally:
                 holder.release()
         finally:
-            close(db, log)
+            disconnect(db, log)
             os.close(log)
         return
     with _to_look_at(meta) as db:
