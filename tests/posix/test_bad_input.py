@@ -22,6 +22,9 @@ from tests.mounts import LARGEFS, Mounts, is_mounted, largefs
 MOUNT_FAILED = 32  # mount(8)
 USAGE_OF_MOUNT = 1
 
+CLOSED = ["extents", "meta.db", "meta.db-wal", "owner.new"]
+"""What is in a store that nobody has open."""
+
 
 def refused(*args: object, code: int, says: str) -> None:
     """A command ends with `code` and one line that contains `says`."""
@@ -95,7 +98,7 @@ def test_a_store_whose_path_is_no_text(mounts: Mounts, tmp_path: Path) -> None:
     (mount.path / "new").write_text("more")
     refused("import", source, store, code=1, says=f"in use: mounted at {mount.path}")
     mount.unmount()
-    assert sorted(os.listdir(store)) == ["extents", "meta.db"]
+    assert sorted(os.listdir(store)) == CLOSED
     assert "clean: 3 inodes" in largefs("check", store, "--data").stdout
     largefs("check", store, "--repair")
     largefs("doctor", store, code=None)
@@ -284,7 +287,7 @@ def test_an_import_that_is_terminated(store: Path, tmp_path: Path, signals: int)
     said = running.communicate(timeout=60)[1]
     if signals == 1:
         assert (running.returncode, said) == (130, "largefs: interrupted\n")
-        assert sorted(os.listdir(store)) == ["extents", "meta.db"]
+        assert sorted(os.listdir(store)) == CLOSED
     else:
         assert running.returncode in (-signal.SIGTERM, 130)
     assert os.listdir(temporary) == []
@@ -294,7 +297,7 @@ def test_an_import_that_is_terminated(store: Path, tmp_path: Path, signals: int)
     assert done["unchanged"] < files
     if signals == 1:
         assert done["unchanged"] >= 4
-    assert sorted(os.listdir(store)) == ["extents", "meta.db"]
+    assert sorted(os.listdir(store)) == CLOSED
     assert len(list(store.glob("extents/*/*"))) == files
     largefs("check", store, "--data")
 
