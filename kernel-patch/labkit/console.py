@@ -5,7 +5,7 @@ from pathlib import Path
 
 # What the kernel prints when it is wrong. Each is a phrase of the report's first line.
 COMPLAINT = re.compile(
-    r"BUG:|Oops|WARNING:|INFO: task .* blocked for more than|general protection fault"
+    r"BUG:|Oops|WARNING:|INFO: task .* blocked .*for more than|general protection fault"
     r"|KASAN:|UBSAN:|KFENCE:|kernel BUG at|Kernel panic|Bad page (state|map|cache)|BUG: Bad"
     r"|possible (circular|recursive) locking|inconsistent lock state|possible irq lock inversion"
     r"|suspicious RCU usage|bad unlock balance|held lock freed|lock held when returning to user"

@@ -35,6 +35,7 @@ KERNEL_ARGUMENTS = (
     "rootflags=version=9p2000.L,trans=virtio,access=any,msize=512000,cache=loose",
     "loglevel=7",
     "oops=panic",
+    "sysctl.kernel.hung_task_panic=1",  # else a hang would last until the time-out
     "transparent_hugepage=madvise",
     "rcupdate.rcu_cpu_stall_timeout=120",
     "nmi_watchdog=0",
@@ -142,7 +143,7 @@ def _scratch_disk(directory: Path) -> Path:
 
 
 def _qemu(entry: Entry, image: Path, scratch: Path) -> list[str]:
-    hung = f"--kopt=hung_task_timeout_secs={300 * entry.slow}"
+    hung = f"--kopt=sysctl.kernel.hung_task_timeout_secs={300 * entry.slow}"
     return [*_virtme_run(image, kvm=use_kvm(image)), f"--blk-disk=scratch={scratch}", hung]
 
 
