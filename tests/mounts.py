@@ -21,6 +21,9 @@ from largefs.store import owner
 LARGEFS = str(Path(sys.executable).with_name("largefs"))
 """The command of the environment that runs the tests."""
 
+CLOSED = ["extents", "meta.db", "meta.db-wal", "owner.new"]
+"""What is in a store that nobody has open."""
+
 
 def largefs(*args: object, code: int | None = 0) -> subprocess.CompletedProcess[str]:
     """Run a command; it must end with the exit code `code` (None: any)."""

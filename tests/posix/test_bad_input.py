@@ -17,13 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounts import LARGEFS, Mounts, is_mounted, largefs
+from tests.mounts import CLOSED, LARGEFS, Mounts, is_mounted, largefs
 
 MOUNT_FAILED = 32  # mount(8)
 USAGE_OF_MOUNT = 1
-
-CLOSED = ["extents", "meta.db", "meta.db-wal", "owner.new"]
-"""What is in a store that nobody has open."""
 
 
 def refused(*args: object, code: int, says: str) -> None:
