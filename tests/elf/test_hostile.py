@@ -128,8 +128,7 @@ def layouts(draw: st.DrawFn) -> Made:
 
 slow = settings(
     max_examples=int(os.environ.get("LARGEFS_FUZZ_EXAMPLES", "150")),
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    suppress_health_check=[*settings().suppress_health_check, HealthCheck.data_too_large],
 )
 
 

@@ -438,6 +438,5 @@ TestStoreModel = StoreModel.TestCase
 TestStoreModel.settings = settings(
     max_examples=int(os.environ.get("LARGEFS_MODEL_EXAMPLES", "20")),
     stateful_step_count=40,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
