@@ -27,7 +27,7 @@ from largefs.cli.errors import CANNOT_RUN, die, explained
 from largefs.cli.output import show, size
 from largefs.hugetext import mappings, routes
 from largefs.hugetext.mappings import PMD
-from largefs.store.store import read_format
+from largefs.store.database import read_format
 
 JSON_SCHEMA = "largefs-doctor-1"
 

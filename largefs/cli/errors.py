@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from largefs.cli import INTERRUPTED
 from largefs.store import StoreError
-from largefs.store.store import FULL
+from largefs.store.errors import FULL
 
 FAILED = 1
 """Exit code of a command that could not do what it was asked, unless its help says otherwise."""

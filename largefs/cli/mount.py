@@ -14,7 +14,7 @@ import click
 from largefs.cli.arguments import PATH
 from largefs.cli.errors import die
 from largefs.store import Store, StoreError
-from largefs.store.store import read_format
+from largefs.store.database import read_format
 
 if TYPE_CHECKING:
     from largefs.filesystem.options import Options

@@ -6,7 +6,7 @@ import logging
 import trio
 
 from largefs.store import ReadOnlyError, Store, StoreError
-from largefs.store.store import fail
+from largefs.store.errors import fail
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from largefs.filesystem.warmup import Warmup
 from largefs.hugetext.routes import Route
 from largefs.hugetext.text import Text
 from largefs.store import EXTENT_SIZE, Inode, Store
-from largefs.store.store import fail
+from largefs.store.errors import fail
 
 PREFIX = b"user.largefs."
 

@@ -48,7 +48,8 @@ from largefs.filesystem.verify import Verify
 from largefs.filesystem.warmup import Warmup
 from largefs.store import Inode, Store, StoreError
 from largefs.store.backing import FALLOC_FL_KEEP_SIZE, fallocate, write_full
-from largefs.store.store import NAME_MAX, RENAME_EXCHANGE, RENAME_WHITEOUT, fail
+from largefs.store.errors import fail
+from largefs.store.store import NAME_MAX, RENAME_EXCHANGE, RENAME_WHITEOUT
 
 log = logging.getLogger(__name__)
 

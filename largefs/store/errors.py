@@ -1,9 +1,13 @@
-"""What can be wrong with a store, as one line that says what to do."""
+"""What can be wrong with a store, as one line that says what to do; and POSIX failures, by errno."""
 
 import errno
+import os
 from pathlib import Path
 
 import apsw
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says when there is no room."""
 
 
 class StoreError(Exception):
@@ -50,3 +54,8 @@ def of_database(store: Path, e: apsw.Error) -> StoreError:
         f"{store}: meta.db cannot be read or written ({e}); see to the disk (dmesg), "
         f"then run: largefs check {store}"
     )
+
+
+def fail(number: int) -> OSError:
+    """An OSError with the errno's own text."""
+    return OSError(number, os.strerror(number))

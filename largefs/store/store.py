@@ -14,7 +14,6 @@ that the system call has by its man page; a store that cannot be used, as StoreE
 """
 
 import contextlib
-import ctypes
 import errno
 import logging
 import os
@@ -28,16 +27,16 @@ from typing import Any, NamedTuple
 
 import apsw
 
-from largefs.store import backing, owner, schema
-from largefs.store.backing import EXTENT_SIZE, BackingFiles
+from largefs.store import backing, database, owner, schema
+from largefs.store.backing import BackingFiles
 from largefs.store.errors import (
+    FULL,
     BusyError,
     DiskFullError,
-    NewerFormatError,
-    NotAStoreError,
     ReadOnlyError,
     RestoredError,
     StoreError,
+    fail,
     of_database,
 )
 
@@ -46,24 +45,10 @@ log = logging.getLogger(__name__)
 NAME_MAX = 255
 """Bytes of a name, as limits.h has it."""
 
-NEW_METADATA = "meta.db.new"
-"""What meta.db is called while it is being made."""
-
 SYMLINK_MAX = 4095
 """Bytes of a symlink's target: PATH_MAX without the NUL."""
 
-CACHE = 8 << 20
-"""Bytes of meta.db that SQLite keeps in memory."""
-
-LOG_RESERVE = 16 << 20
-"""Bytes of disk that a store holds for SQLite's log, also while nobody has it open, so that a full disk
-can be cleared up: to mount and to remove a file are changes, too. Room for a checkpointed log (4 MiB)
-and for all of the cache."""
-
 SEE_TO_IT = "see to its disk (dmesg), then mount it or run the command again"
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What the system says when there is no room."""
 
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4  # linux/fs.h
 
@@ -131,11 +116,6 @@ def as_written(row: Inode, st: os.stat_result) -> Inode:
     )
 
 
-def fail(number: int) -> OSError:
-    """An OSError with the errno's own text."""
-    return OSError(number, os.strerror(number))
-
-
 class Store:
     """An open store. Use `Store.open`; close it, or use it as a context manager."""
 
@@ -198,16 +178,12 @@ class Store:
             raise StoreError(f"{path}: not a directory; name a directory that is empty or missing")
         if path.is_dir() and any(path.iterdir()):
             raise StoreError(f"{path}: not empty; name a directory that is empty or missing")
-        _check_length(path / NEW_METADATA)
+        database.check_length(path / database.NEW)
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             BackingFiles.create(path / "extents")
-            _create_metadata(
-                path,
-                mode,
-                os.geteuid() if uid is None else uid,
-                os.getegid() if gid is None else gid,
-            )
+            owned = (os.geteuid() if uid is None else uid, os.getegid() if gid is None else gid)
+            database.create(path / "meta.db", lambda db: _first_rows(db, mode, *owned))
         except (OSError, apsw.Error) as e:
             if not isinstance(e, FileExistsError):  # another mkfs was here first
                 for made in path.glob("meta.db*"):
@@ -222,14 +198,14 @@ class Store:
         Raises NotAStoreError, NewerFormatError, BusyError or StoreError.
         """
         meta = path / "meta.db"
-        read_format(meta)
+        database.read_format(meta)
         if other := owner.foreign_and_alive(path):
             raise BusyError(f"{path}: in use: {other}; end that first")
         self = cls(path)
         try:
-            self.db = connect(meta)
+            self.db = database.connect(meta)
             self.backing = BackingFiles(path / "extents")
-            self._log = os.open(path / "meta.db-wal", os.O_RDWR | os.O_CLOEXEC)
+            self._log = os.open(database.log_of(meta), os.O_RDWR | os.O_CLOEXEC)
         except apsw.BusyError:
             holder = owner.read(path)
             raise BusyError(
@@ -260,7 +236,7 @@ class Store:
             )
         self._holder = owner.Holder(self.path, purpose)
         with contextlib.suppress(OSError):  # a disk that is full already: what there is must do
-            _hold_room(self._log, LOG_RESERVE)
+            database.hold_room(self._log, database.LOG_RESERVE)
         with self.change():
             self._recover()
             if not clean:
@@ -335,7 +311,7 @@ class Store:
             if self._holder:
                 self._holder.release()
         finally:
-            disconnect(self.db, self._log)
+            database.disconnect(self.db, self._log)
             self.backing.close()
             os.close(self._log)
 
@@ -402,7 +378,9 @@ class Store:
         """
         cached, _ = self.db.status(apsw.SQLITE_DBSTATUS_CACHE_USED)
         try:
-            _hold_room(self._log, os.fstat(self._log).st_size + cached + cached // 64 + 4096)
+            database.hold_room(
+                self._log, os.fstat(self._log).st_size + cached + cached // 64 + 4096
+            )
         except OSError as e:
             if e.errno not in FULL:
                 raise
@@ -941,158 +919,28 @@ class Store:
             )
 
 
-def _create_metadata(path: Path, mode: int, uid: int, gid: int) -> None:
-    """Make meta.db under another name and move it into place: a store exists wholly or not."""
-    temporary = path / NEW_METADATA
-    temporary.unlink(missing_ok=True)
-    db = open_database(temporary, apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE)
+def _first_rows(db: apsw.Connection, mode: int, uid: int, gid: int) -> None:
+    """What a new store's meta.db holds: the superblock, and the root directory."""
+    schema.create(db)
     now = time.time_ns()
-    try:
-        schema.create(db)
-        db.execute(
-            _NEW.replace("NULL", "?", 1),
-            (
-                schema.ROOT_INODE,
-                stat.S_IFDIR | mode,
-                uid,
-                gid,
-                2,
-                *(0, 0, 0),
-                *(now, now, now, now),
-                *(0, 0),
-            ),
-        )
-        db.execute("INSERT INTO superblock VALUES (1, ?, ?, 1)", (str(uuid.uuid4()), now))
-    finally:
-        db.close()
-    temporary.chmod(0o600)
-    temporary.rename(path / "meta.db")
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def read_format(meta: Path) -> None:
-    """Check application_id and user_version straight from the file's header, before SQLite sees it.
-
-    https://www.sqlite.org/fileformat2.html#the_database_header: user_version is at byte 60,
-    application_id at byte 68, big endian. Raises NotAStoreError, NewerFormatError, StoreError.
-    """
-    store = meta.parent
-    try:
-        if not stat.S_ISREG(meta.stat().st_mode):
-            raise FileNotFoundError
-        with meta.open("rb") as f:
-            header = f.read(100)
-    except NotADirectoryError:
-        raise NotAStoreError(f"{store}: not a directory, so no largefs store") from None
-    except FileNotFoundError:
-        raise NotAStoreError(f"{store}: no largefs store ({_what_to_name(store)})") from None
-    except OSError as e:
-        raise StoreError(f"{meta}: {e.strerror}") from e
-    _check_length(meta)
-    if header[:16] != b"SQLite format 3\0" or header[68:72] != schema.APPLICATION_ID.to_bytes(4):
-        raise NotAStoreError(f"{store}: no largefs store (its meta.db is something else)")
-    version = int.from_bytes(header[60:64])
-    if version > schema.FORMAT_VERSION:
-        raise NewerFormatError(
-            f"{store}: format version {version} is newer than this largefs, which knows "
-            f"{schema.FORMAT_VERSION}; update largefs"
-        )
-
-
-def _check_length(file: Path) -> None:
-    """Refuse a path that SQLite cannot open; raises StoreError.
-
-    MAX_PATHNAME in os_unix.c, less the 8 bytes that sqlite3PagerOpen() keeps for "-journal"; symlinks
-    are resolved first.
-    """
-    most = 512 - 8
-    length = len(os.fsencode(os.path.realpath(file)))
-    if length > most:
-        raise StoreError(
-            f"{file.parent}: its path is too long for SQLite, by {length - most} bytes; "
-            "choose a shorter one"
-        )
-
-
-def _what_to_name(place: Path) -> str:
-    """What to do about a place that is no store."""
-    if place.is_mount():
-        return f"where one is mounted, its store is: findmnt -no SOURCE {place}"
-    if place.is_dir() and any(place.iterdir()):
-        return "name the directory that largefs mkfs made"
-    return f"make one: largefs mkfs {place}"
-
-
-def open_database(file: Path, flags: int = apsw.SQLITE_OPEN_READWRITE) -> apsw.Connection:
-    """Open an SQLite database, whatever bytes its path has; raises apsw.Error.
-
-    apsw takes only text. For other paths a descriptor of the directory serves: SQLite follows symlinks
-    before it opens (unixFullPathname() in os_unix.c), so that what it keeps, and gives its log, is the
-    true path, and the descriptor may go.
-    """
-    try:
-        return apsw.Connection(str(file), flags=flags)
-    except UnicodeEncodeError:
-        directory = os.open(file.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        return apsw.Connection(f"/proc/self/fd/{directory}/{file.name}", flags=flags)
-    finally:
-        os.close(directory)
-
-
-def connect(meta: Path) -> apsw.Connection:
-    """Open meta.db and take its lock for as long as the connection lives; raises apsw.BusyError."""
-    db = open_database(meta)
-    try:
-        db.pragma("locking_mode", "exclusive")
-        db.pragma("journal_mode", "wal")
-        db.pragma("synchronous", "full")
-        db.pragma("cache_size", -CACHE // 1024)
-        db.pragma("cache_spill", False)  # before COMMIT nothing is written: see _make_room
-        db.pragma("temp_store", 2)  # in memory
-        db.pragma("wal_autocheckpoint", 1000)
-        db.execute("BEGIN IMMEDIATE; ROLLBACK")
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-def keep_log(db: apsw.Connection) -> None:
-    """Have the write-ahead log stay when the database is closed; what it holds is merged all the same."""
-    yes = ctypes.c_int(1)
-    db.file_control("main", apsw.SQLITE_FCNTL_PERSIST_WAL, ctypes.addressof(yes))
-
-
-def disconnect(db: apsw.Connection, log: int) -> None:
-    """Close meta.db and give up its lock. `log`: a descriptor of its log, which is merged, but stays."""
-    with contextlib.suppress(apsw.Error):
-        keep_log(db)
-        db.pragma("journal_size_limit", 0)  # what stays is empty
-    db.close()
-    with contextlib.suppress(OSError):
-        _hold_room(log, LOG_RESERVE)
-
-
-def _hold_room(log: int, length: int) -> None:
-    """Have the blocks of a log that grows to `length` bytes; raises OSError.
-
-    Where the filesystem cannot (ext2, ext3, NFS before 4.2), see at least that there is as much now,
-    and the blocks that it takes to find it.
-    """
-    try:
-        backing.fallocate(log, backing.FALLOC_FL_KEEP_SIZE, 0, length)
-    except OSError as e:
-        if e.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        missing = length - os.fstat(log).st_blocks * 512
-        room = os.fstatvfs(log)
-        if missing > 0 and room.f_bavail * room.f_frsize < missing + missing // 64 + (64 << 10):
-            raise fail(errno.ENOSPC) from None
+    root = Inode(
+        id=schema.ROOT_INODE,
+        mode=stat.S_IFDIR | mode,
+        uid=uid,
+        gid=gid,
+        nlink=2,
+        size=0,
+        blocks=0,
+        rdev=0,
+        atime_ns=now,
+        mtime_ns=now,
+        ctime_ns=now,
+        btime_ns=now,
+        huge=0,
+        writing=0,
+    )
+    db.execute(_NEW.replace("NULL", "?", 1), root)
+    db.execute("INSERT INTO superblock VALUES (1, ?, ?, 1)", (str(uuid.uuid4()), now))
 
 
 def path_of(db: apsw.Connection, inode: int) -> bytes | None:
@@ -1132,6 +980,3 @@ def _failure(path: Path, what: str, e: OSError | apsw.Error) -> StoreError:
 
 def _reason(e: Any) -> str:
     return str(getattr(e, "strerror", None) or e)
-
-
-__all__ = ["EXTENT_SIZE", "Dentry", "Inode", "Store", "fail"]

@@ -15,7 +15,7 @@ from largefs.hugetext.align import restore
 from largefs.hugetext.view import BadRecord
 from largefs.store import EXTENT_SIZE, ROOT_INODE, Inode, Store
 from largefs.store.backing import data_ranges
-from largefs.store.store import FULL, fail
+from largefs.store.errors import FULL, fail
 from largefs.transfer.copy import TargetError, copy_laid_out, copy_stretch, writing
 from largefs.transfer.metadata import set_metadata, xattrs_of
 

@@ -24,7 +24,7 @@ from largefs.hugetext.align import Mode, plan
 from largefs.hugetext.view import View
 from largefs.store import EXTENT_SIZE, ROOT_INODE, Inode, Store, StoreError
 from largefs.store import backing as b
-from largefs.store.store import FULL, fail
+from largefs.store.errors import FULL, fail
 from largefs.transfer.copy import TargetError, copy_laid_out, copy_stretch, writing
 from largefs.transfer.metadata import xattrs_of
 

@@ -15,7 +15,7 @@ from largefs.filesystem.commits import Commits
 from largefs.filesystem.files import SETTLE_AT_ONCE, Files, handle
 from largefs.store import ROOT_INODE, Store
 from largefs.store.check import check
-from largefs.store.store import fail
+from largefs.store.errors import fail
 
 
 async def test_what_cannot_be_settled_stays_in_writing(

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from largefs.store import Store, StoreError
-from largefs.store import store as store_module
+from largefs.store import Store, StoreError, database
 from tests.mounts import LARGEFS
 
 
@@ -130,7 +129,7 @@ def test_a_store_that_could_not_be_made_can_be_tried_again(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched, pytest.raises(StoreError, match="disk is full"):
-        patched.setattr(store_module, "_create_metadata", full)
+        patched.setattr(database, "create", full)
         Store.create(tmp_path / "store")
     Store.create(tmp_path / "store")
 

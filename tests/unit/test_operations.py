@@ -20,7 +20,7 @@ from largefs.filesystem.operations import CAPABILITY, Filesystem
 from largefs.filesystem.options import Options
 from largefs.hugetext.routes import Offer, Probe, Route
 from largefs.store import EXTENT_SIZE, ROOT_INODE, Store
-from largefs.store.store import fail
+from largefs.store.errors import fail
 
 CONTEXT: Any = SimpleNamespace(uid=0, gid=0, pid=1, umask=0o022)
 S_IFREG = stat.S_IFREG

@@ -21,7 +21,7 @@ from largefs.store import (
     check,
     owner,
 )
-from largefs.store.store import fail
+from largefs.store.errors import fail
 from largefs.transfer.importer import Importer
 
 FILE = stat.S_IFREG | 0o644

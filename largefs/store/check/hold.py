@@ -15,8 +15,9 @@ import apsw
 
 from largefs.store import owner
 from largefs.store.check.report import Report
+from largefs.store.database import connect, disconnect, keep_log, log_of, open_database, read_format
 from largefs.store.errors import BusyError, RestoredError, StoreError
-from largefs.store.store import Store, connect, disconnect, keep_log, open_database, read_format
+from largefs.store.store import Store
 
 
 @contextlib.contextmanager
@@ -28,7 +29,7 @@ def hold(path: Path, *, repair: bool) -> Iterator[apsw.Connection]:
         raise BusyError(f"{path}: in use: {other}; end that first")
     if repair:
         db = connect(meta)
-        log = os.open(_log_of(meta), os.O_RDWR | os.O_CLOEXEC)
+        log = os.open(log_of(meta), os.O_RDWR | os.O_CLOEXEC)
         try:
             holder = owner.Holder(path, "check --repair")
             try:
@@ -70,13 +71,13 @@ def _to_look_at(meta: Path) -> Iterator[apsw.Connection]:
     """Open a database so that no byte of it changes; what is only in its log (WAL) is seen as well."""
     if not os.access(meta, os.W_OK):  # a disk that went read-only cannot be locked, either
         with tempfile.TemporaryDirectory(prefix="largefs-check-") as copy:
-            for file in (meta, _log_of(meta)):
+            for file in (meta, log_of(meta)):
                 if file.exists():
                     shutil.copy(file, copy)
             with _to_look_at(Path(copy) / meta.name) as db:
                 yield db
         return
-    has_log = _log_of(meta).exists()
+    has_log = log_of(meta).exists()
     db = open_database(meta)
     try:
         if has_log:  # closing would merge it into the database, and remove it
@@ -88,7 +89,3 @@ def _to_look_at(meta: Path) -> Iterator[apsw.Connection]:
         yield db
     finally:
         db.close()
-
-
-def _log_of(meta: Path) -> Path:
-    return meta.with_name(meta.name + "-wal")
