@@ -119,8 +119,11 @@ def open_database(file: Path, flags: int = apsw.SQLITE_OPEN_READWRITE) -> apsw.C
         os.close(directory)
 
 
-def connect(meta: Path) -> apsw.Connection:
-    """Open meta.db and take its lock for as long as the connection lives; raises apsw.BusyError."""
+def connect(meta: Path) -> tuple[apsw.Connection, int]:
+    """Open meta.db and take its lock, until `disconnect`; with a descriptor of its log.
+
+    Raises apsw.BusyError where another process has it, else apsw.Error or OSError.
+    """
     db = open_database(meta)
     try:
         db.pragma("locking_mode", "exclusive")
@@ -131,10 +134,10 @@ def connect(meta: Path) -> apsw.Connection:
         db.pragma("temp_store", 2)  # in memory
         db.pragma("wal_autocheckpoint", 1000)
         db.execute("BEGIN IMMEDIATE; ROLLBACK")
+        return db, os.open(log_of(meta), os.O_RDWR | os.O_CLOEXEC)
     except BaseException:
         db.close()
         raise
-    return db
 
 
 def log_of(meta: Path) -> Path:
@@ -149,13 +152,14 @@ def keep_log(db: apsw.Connection) -> None:
 
 
 def disconnect(db: apsw.Connection, log: int) -> None:
-    """Close meta.db and give up its lock. `log`: a descriptor of its log, which is merged, but stays."""
+    """Close what `connect` gave, and give up the lock. The log is merged, and stays as room held."""
     with contextlib.suppress(apsw.Error):
         keep_log(db)
         db.pragma("journal_size_limit", 0)  # what stays is empty
     db.close()
     with contextlib.suppress(OSError):
         hold_room(log, LOG_RESERVE)
+    os.close(log)
 
 
 def hold_room(log: int, length: int) -> None:

@@ -203,17 +203,18 @@ class Store:
             raise BusyError(f"{path}: in use: {other}; end that first")
         self = cls(path)
         try:
-            self.db = database.connect(meta)
-            self.backing = BackingFiles(path / "extents")
-            self._log = os.open(database.log_of(meta), os.O_RDWR | os.O_CLOEXEC)
+            self.db, self._log = database.connect(meta)
         except apsw.BusyError:
             holder = owner.read(path)
             raise BusyError(
                 f"{path}: in use: {holder or 'by another process'}; end that first"
             ) from None
-        except apsw.Error as e:
+        except (OSError, apsw.Error) as e:
             raise _failure(path, "meta.db is damaged or unreadable", e) from e
+        try:
+            self.backing = BackingFiles(path / "extents")
         except OSError as e:
+            database.disconnect(self.db, self._log)
             raise StoreError(f"{path}: extents/: {e.strerror}") from e
         try:
             self._start(purpose)
@@ -313,7 +314,6 @@ class Store:
         finally:
             database.disconnect(self.db, self._log)
             self.backing.close()
-            os.close(self._log)
 
     def __enter__(self) -> "Store":
         return self

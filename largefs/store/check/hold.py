@@ -28,8 +28,7 @@ def hold(path: Path, *, repair: bool) -> Iterator[apsw.Connection]:
     if other := owner.foreign_and_alive(path):
         raise BusyError(f"{path}: in use: {other}; end that first")
     if repair:
-        db = connect(meta)
-        log = os.open(log_of(meta), os.O_RDWR | os.O_CLOEXEC)
+        db, log = connect(meta)
         try:
             holder = owner.Holder(path, "check --repair")
             try:
@@ -38,7 +37,6 @@ def hold(path: Path, *, repair: bool) -> Iterator[apsw.Connection]:
                 holder.release()
         finally:
             disconnect(db, log)
-            os.close(log)
         return
     with _to_look_at(meta) as db:
         yield db
