@@ -1,4 +1,8 @@
-"""When the store's changes become durable: on fsync, and every few seconds by themselves."""
+"""When the store's changes become durable: on fsync, and every few seconds by themselves.
+
+The backing files of what was removed go after the commit that says so, in the background: there may be
+many, and nobody's fsync has to wait for another's rm.
+"""
 
 import errno
 import logging
@@ -18,6 +22,8 @@ class Commits:
         self._store = store
         self._interval = interval
         self._lock = trio.Lock()
+        self._removing = trio.Lock()
+        self._dropped = trio.Event()
 
     async def commit(self) -> None:
         """Make every change made before this call durable; raises StoreError.
@@ -36,7 +42,13 @@ class Commits:
                 log.critical("%s", e)
                 raise fail(errno.EROFS) from None
         if self._store.to_remove:
-            await trio.to_thread.run_sync(self._store.remove_dropped)
+            self._dropped.set()
+
+    async def remove_dropped(self) -> None:
+        """Remove the backing files of what commits dropped; when this returns their room is free."""
+        async with self._removing:
+            if self._store.to_remove:
+                await trio.to_thread.run_sync(self._store.remove_dropped)
 
     async def run(self) -> None:
         """Commit at every interval, for ever; a failure is logged and tried again."""
@@ -46,3 +58,10 @@ class Commits:
                 await self.commit()
             except (OSError, StoreError) as e:
                 log.error("commit failed: %s", e)
+
+    async def run_removals(self) -> None:
+        """Remove backing files as soon as that is safe, for ever; what fails waits for the next commit."""
+        while True:
+            await self._dropped.wait()
+            self._dropped = trio.Event()
+            await self.remove_dropped()

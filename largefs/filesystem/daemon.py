@@ -158,6 +158,7 @@ class Mount:
         async with trio.open_nursery() as nursery:
             for task in (
                 self._commits.run,
+                self._commits.run_removals,
                 self._files.run_watch,
                 self._warmup.run_background,
                 *[self._files.run_checksums] * CHECKSUM_TASKS,

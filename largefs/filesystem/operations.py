@@ -393,8 +393,9 @@ class Filesystem(pyfuse3.Operations):
 
     @handler
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
-        """fsync(2) of a directory: its names become durable with everything else."""
+        """fsync(2) of a directory: its names become durable, and what was removed gives its room back."""
         await self._commits.commit()
+        await self._commits.remove_dropped()
 
     # -------------------------------------------------------------------------------------- files
 

@@ -67,6 +67,24 @@ async def test_a_file_lives_as_long_as_the_kernel_holds_it(
     assert not list((store.path / "extents").glob("*/*"))
 
 
+async def test_fsync_of_a_directory_gives_the_room_of_what_was_removed_back(
+    filesystem: Filesystem, store: Store
+) -> None:
+    """That of a file waits for no removal: it may be another's."""
+    await filesystem.mknod(ROOT_INODE, b"removed", FILE, 0, CONTEXT)
+    info, _ = await filesystem.create(ROOT_INODE, b"f", FILE, os.O_RDWR, CONTEXT)
+    await filesystem.fsync(info.fh, False)
+    removed = (await filesystem.lookup(ROOT_INODE, b"removed", CONTEXT)).st_ino
+    backing_file = store.path / "extents" / store.backing.name(removed)
+    await filesystem.unlink(ROOT_INODE, b"removed", CONTEXT)
+    await filesystem.forget([(removed, 2)])
+    await filesystem.fsync(info.fh, False)
+    assert backing_file.exists()
+    await filesystem.fsyncdir(pyfuse3.FileHandleT(ROOT_INODE), False)
+    assert not backing_file.exists()
+    await filesystem.release(info.fh)
+
+
 async def test_ctime_is_when_it_was_changed_whatever_mtime_says(
     filesystem: Filesystem, store: Store
 ) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import stat
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,11 +114,42 @@ async def test_what_a_cancelled_commit_did_not_remove_goes_when_the_store_is_clo
         store.make(ROOT_INODE, b"to be flushed", FILE, 0, 0)
         with trio.CancelScope() as scope, monkeypatch.context() as disk:
             disk.setattr(store.backing, "flush", lambda _: trio.from_thread.run_sync(scope.cancel))
-            await Commits(store, 5).commit()
+            commits = Commits(store, 5)
+            await commits.commit()
+            await commits.remove_dropped()
         assert scope.cancelled_caught
         assert removed.exists()
     assert not removed.exists()
     assert not check.check(path).problems
+
+
+async def test_no_fsync_waits_for_what_was_removed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_remove = threading.Event()
+    with Store.open(path, "test") as store:
+        removed, remove = _with_a_dropped_file(store), store.backing.remove
+        commits = Commits(store, 5)
+
+        def slow(inode: int) -> None:
+            assert may_remove.wait(60)
+            remove(inode)
+
+        monkeypatch.setattr(store.backing, "remove", slow)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(commits.run_removals)
+            with trio.fail_after(30):
+                await commits.commit()
+                store.make(ROOT_INODE, b"directory", stat.S_IFDIR | 0o755, 0, 0)
+                await commits.commit()
+            assert removed.exists() and not store.uncommitted
+            may_remove.set()
+            with trio.fail_after(30):
+                while removed.exists():
+                    await trio.sleep(0.01)
+                await commits.remove_dropped()
+            assert not store.to_remove
+            nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), fail(errno.EIO)])
