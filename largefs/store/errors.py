@@ -32,6 +32,10 @@ class RestoredError(StoreError):
 class BusyError(StoreError):
     """The store is in use: mounted, or being imported into, exported or checked."""
 
+    def __init__(self, store: Path, holder: object) -> None:
+        """`holder`: the `Owner` that has it, or None if that is not known."""
+        super().__init__(f"{store}: in use: {holder or 'by another process'}; end that first")
+
 
 class ReadOnlyError(StoreError):
     """The store failed to write and takes no more changes until it is opened again."""

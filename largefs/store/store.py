@@ -96,7 +96,7 @@ _LIST = (
 )
 _NEW = (
     f"INSERT INTO inodes ({_COLUMNS})"  # noqa: S608
-    " VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    f" VALUES ({', '.join('?' * len(Inode._fields))})"
 )
 
 
@@ -200,15 +200,12 @@ class Store:
         meta = path / "meta.db"
         database.read_format(meta)
         if other := owner.foreign_and_alive(path):
-            raise BusyError(f"{path}: in use: {other}; end that first")
+            raise BusyError(path, other)
         self = cls(path)
         try:
             self.db, self._log = database.connect(meta)
         except apsw.BusyError:
-            holder = owner.read(path)
-            raise BusyError(
-                f"{path}: in use: {holder or 'by another process'}; end that first"
-            ) from None
+            raise BusyError(path, owner.read(path)) from None
         except (OSError, apsw.Error) as e:
             raise _failure(path, "meta.db is damaged or unreadable", e) from e
         try:
@@ -565,6 +562,7 @@ class Store:
             self.db.execute(
                 _NEW,
                 (
+                    None,  # the next number
                     mode,
                     uid,
                     gid,
@@ -624,7 +622,7 @@ class Store:
         with self.change():
             if self.find(parent, name):
                 self.remove(parent, name)
-            self.db.execute(_NEW.replace("NULL", "?", 1), row)
+            self.db.execute(_NEW, row)
             self._add_name(parent, name, row.id)
             if target:
                 self.db.execute("INSERT INTO symlinks VALUES (?, ?)", (row.id, target))
@@ -939,7 +937,7 @@ def _first_rows(db: apsw.Connection, mode: int, uid: int, gid: int) -> None:
         huge=0,
         writing=0,
     )
-    db.execute(_NEW.replace("NULL", "?", 1), root)
+    db.execute(_NEW, root)
     db.execute("INSERT INTO superblock VALUES (1, ?, ?, 1)", (str(uuid.uuid4()), now))
 
 

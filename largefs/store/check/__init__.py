@@ -88,8 +88,7 @@ def check(
         with hold(path, repair=repair) as db:
             _run(Context(path, db, report, progress, repair), data=data)
     except apsw.BusyError:
-        holder = owner.read(path) or "by another process"
-        raise BusyError(f"{path}: in use: {holder}; end that first") from None
+        raise BusyError(path, owner.read(path)) from None
     except (apsw.CorruptError, apsw.NotADBError) as e:
         _give_up(report, str(e))
     except apsw.Error as e:

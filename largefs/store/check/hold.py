@@ -26,7 +26,7 @@ def hold(path: Path, *, repair: bool) -> Iterator[apsw.Connection]:
     meta = path / "meta.db"
     read_format(meta)
     if other := owner.foreign_and_alive(path):
-        raise BusyError(f"{path}: in use: {other}; end that first")
+        raise BusyError(path, other)
     if repair:
         db, log = connect(meta)
         try:
